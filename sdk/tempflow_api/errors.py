@@ -1,0 +1,127 @@
+"""Exit codes and the errors that carry them.
+
+TempFlowError
+ ├─ ManifestInvalid      what the user wrote, one problem a field
+ ├─ ConfigChanged        a stored run continues with an immutable field changed
+ ├─ DeviceMissing        compute.device asks for what is not there
+ ├─ ModelUnavailable     weights cannot be loaded
+ ├─ RewardFailed         a scorer is unknown or gave no usable score
+ ├─ StoreUnavailable     the checkpoint store refuses or is missing
+ ├─ CheckpointCorrupt    no complete checkpoint passed validation
+ ├─ AddressInUse         a port that the run needs is taken
+ ├─ TrainingDiverged     loss or gradients are not finite
+ └─ Preempted            asked to stop; the state is committed
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the trainer, and ``tempflow run``, exit with. The numbers are part of the contract:
+    the operator decides by them whether a further attempt makes sense."""
+
+    DONE = 0
+    BUG = 1
+    INVALID = 2
+    MODEL = 80
+    REWARD = 81
+    DEVICE = 82
+    DIVERGED = 83
+    ADDRESS_IN_USE = 84
+    PREEMPTED = 85
+    FENCED = 86
+    CONFIG_CHANGED = 87
+    STORE = 88
+    CHECKPOINT_CORRUPT = 89
+    RANK_DIED = 90
+    INTERRUPTED = 130
+
+
+PERMANENT = frozenset(
+    {
+        ExitCode.INVALID,
+        ExitCode.MODEL,
+        ExitCode.REWARD,
+        ExitCode.DEVICE,
+        ExitCode.DIVERGED,
+        ExitCode.CONFIG_CHANGED,
+        ExitCode.STORE,
+        ExitCode.CHECKPOINT_CORRUPT,
+    }
+)
+"""Codes after which a further attempt would end the same way."""
+
+
+class TempFlowError(Exception):
+    """An error that a user can act on: shown as one message, never as a traceback."""
+
+    exit_code: ExitCode = ExitCode.BUG
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a manifest."""
+
+    path: str
+    """The field, for instance ``spec.sampling.steps``."""
+    message: str
+    """Value, expectation, remedy."""
+    line: int | None = None
+    """In the file, from 1."""
+
+
+class ManifestInvalid(TempFlowError):
+    """The manifest does not describe a job; ``problems`` has every reason found."""
+
+    exit_code = ExitCode.INVALID
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        """``source`` is the name of the file, or what it is called where there is none."""
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.lines()))
+
+    def lines(self) -> list[str]:
+        """One line a problem: ``file:line: field: message``."""
+        return [
+            f"{self.source}{f':{p.line}' if p.line else ''}: {p.path}: {p.message}"
+            for p in self.problems
+        ]
+
+
+class ConfigChanged(TempFlowError):
+    exit_code = ExitCode.CONFIG_CHANGED
+
+
+class DeviceMissing(TempFlowError):
+    exit_code = ExitCode.DEVICE
+
+
+class ModelUnavailable(TempFlowError):
+    exit_code = ExitCode.MODEL
+
+
+class RewardFailed(TempFlowError):
+    exit_code = ExitCode.REWARD
+
+
+class StoreUnavailable(TempFlowError):
+    exit_code = ExitCode.STORE
+
+
+class CheckpointCorrupt(TempFlowError):
+    exit_code = ExitCode.CHECKPOINT_CORRUPT
+
+
+class AddressInUse(TempFlowError):
+    exit_code = ExitCode.ADDRESS_IN_USE
+
+
+class TrainingDiverged(TempFlowError):
+    exit_code = ExitCode.DIVERGED
+
+
+class Preempted(TempFlowError):
+    exit_code = ExitCode.PREEMPTED

@@ -1,0 +1,215 @@
+"""Rules across fields, each written twice: for the API server (CEL) and for Python.
+
+A test runs both over the same table of manifests. ``path`` names the field at which the error is
+shown; CEL expressions see the block named by ``scope`` as ``self``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tempflow_api.v1alpha1 import JobSpec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``holds`` and ``cel`` say the same; ``message`` tells what is expected and what to do."""
+
+    path: str
+    cel: str
+    message: str
+    holds: Callable[[JobSpec], bool]
+
+
+def _branch_steps_inside(spec: JobSpec) -> bool:
+    return all(step < spec.sampling.steps - 1 for step in spec.algorithm.branch_steps)
+
+
+def _draws_to_compare(spec: JobSpec) -> bool:
+    algorithm = spec.algorithm
+    seeds = algorithm.seeds_per_prompt if algorithm.advantage.scope == "prompt" else 1
+    return seeds * algorithm.branches_per_seed >= 2
+
+
+def _groups_for_every_process(spec: JobSpec) -> bool:
+    algorithm, compute = spec.algorithm, spec.compute
+    groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt // algorithm.updates_per_epoch
+    return groups >= compute.nodes * compute.processes_per_node
+
+
+_DIVISIBLE = "self.sampling.width % 16 == 0 && self.sampling.height % 16 == 0"
+
+# All scopes are the spec: the API server's cost estimate stays far below its limit, and a rule
+# that later needs one more field does not have to move.
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "spec.model.lora",
+        "has(self.model.lora) == (self.model.tuning == 'lora')",
+        "belongs to tuning: lora, and is required there (write 'lora: {}' for the defaults)",
+        lambda spec: (spec.model.lora is not None) == (spec.model.tuning == "lora"),
+    ),
+    Rule(
+        "spec.model.source",
+        "!self.model.source.startsWith('builtin:') || "
+        "(self.model.source == 'builtin:digits' && self.model.family == 'digits')",
+        "the only built-in model is builtin:digits, of family digits",
+        lambda spec: (
+            not spec.model.source.startswith("builtin:")
+            or (spec.model.source == "builtin:digits" and spec.model.family == "digits")
+        ),
+    ),
+    Rule(
+        "spec.data",
+        "has(self.data.prompts) != has(self.data.promptsFile)",
+        "exactly one of prompts and promptsFile is given",
+        lambda spec: (spec.data.prompts is not None) != (spec.data.prompts_file is not None),
+    ),
+    Rule(
+        "spec.sampling.width",
+        f"self.model.family == 'digits' || ({_DIVISIBLE})",
+        "width and height are multiples of 16 for this family",
+        lambda spec: (
+            spec.model.family == "digits"
+            or (spec.sampling.width % 16 == 0 and spec.sampling.height % 16 == 0)
+        ),
+    ),
+    Rule(
+        "spec.sampling.width",
+        "self.model.family != 'digits' || "
+        "(self.sampling.width == 14 && self.sampling.height == 14)",
+        "the digits family draws 14 x 14 pixels: set width and height to 14",
+        lambda spec: (
+            spec.model.family != "digits"
+            or (spec.sampling.width == 14 and spec.sampling.height == 14)
+        ),
+    ),
+    Rule(
+        "spec.algorithm.branchSteps",
+        "self.algorithm.branchSteps.all(k, k < self.sampling.steps - 1)",
+        "each is less than sampling.steps - 1: the last step has almost no noise, its likelihood "
+        "overflows",
+        _branch_steps_inside,
+    ),
+    Rule(
+        "spec.algorithm.branchSteps",
+        "self.algorithm.branchSteps.all(k, self.algorithm.branchSteps.exists_one(j, j == k))",
+        "no step is listed twice",
+        lambda spec: len(set(spec.algorithm.branch_steps)) == len(spec.algorithm.branch_steps),
+    ),
+    Rule(
+        "spec.algorithm.branchesPerSeed",
+        "self.algorithm.method != 'flow-grpo' || self.algorithm.branchesPerSeed == 1",
+        "is 1 with method flow-grpo, which does not branch: its group size is seedsPerPrompt",
+        lambda spec: spec.algorithm.method != "flow-grpo" or spec.algorithm.branches_per_seed == 1,
+    ),
+    Rule(
+        "spec.algorithm.advantage.scope",
+        "self.algorithm.method != 'flow-grpo' || self.algorithm.advantage.scope == 'prompt'",
+        "is prompt with method flow-grpo: its trajectories share no start noise to compare within",
+        lambda spec: (
+            spec.algorithm.method != "flow-grpo" or spec.algorithm.advantage.scope == "prompt"
+        ),
+    ),
+    Rule(
+        "spec.algorithm.branchesPerSeed",
+        "(self.algorithm.advantage.scope == 'prompt' ? self.algorithm.seedsPerPrompt : 1) "
+        "* self.algorithm.branchesPerSeed >= 2",
+        "a group needs two draws to compare: branchesPerSeed (times seedsPerPrompt with scope "
+        "prompt) is at least 2",
+        _draws_to_compare,
+    ),
+    Rule(
+        "spec.algorithm.updatesPerEpoch",
+        "self.algorithm.promptsPerEpoch % self.algorithm.updatesPerEpoch == 0",
+        "divides algorithm.promptsPerEpoch: every update takes an equal share of the prompts",
+        lambda spec: spec.algorithm.prompts_per_epoch % spec.algorithm.updates_per_epoch == 0,
+    ),
+    Rule(
+        "spec.compute.processesPerNode",
+        "self.algorithm.promptsPerEpoch * self.algorithm.seedsPerPrompt "
+        "/ self.algorithm.updatesPerEpoch >= self.compute.nodes * self.compute.processesPerNode",
+        "more processes than there are (prompt, seed) pairs in an update: some would idle",
+        _groups_for_every_process,
+    ),
+    Rule(
+        "spec.rewards",
+        "self.rewards.exists(r, r.weight != 0.0)",
+        "at least one reward has a weight other than 0: there would be nothing to learn from",
+        lambda spec: any(reward.weight != 0 for reward in spec.rewards),
+    ),
+    Rule(
+        "spec.rewards",
+        "self.rewards.all(r, self.rewards.exists_one(s, s.name == r.name))",
+        "no reward is listed twice",
+        lambda spec: len({reward.name for reward in spec.rewards}) == len(spec.rewards),
+    ),
+    Rule(
+        "spec.checkpoint.uri",
+        "self.compute.nodes == 1 || "
+        "(has(self.checkpoint.uri) && self.checkpoint.uri.startsWith('s3://'))",
+        "starts with s3:// when compute.nodes is above 1: the nodes share no disk",
+        lambda spec: spec.compute.nodes == 1 or (spec.checkpoint.uri or "").startswith("s3://"),
+    ),
+)
+
+
+def broken_rules(spec: JobSpec) -> list[Rule]:
+    """The rules that ``spec`` does not keep, in the order of the table."""
+    return [rule for rule in RULES if not rule.holds(spec)]
+
+
+class Mutability(StrEnum):
+    """When a field of an existing job may change."""
+
+    IMMUTABLE = "immutable"
+    WHILE_SUSPENDED = "mutable while suspended"
+    MUTABLE = "mutable"
+
+
+# Everything not listed is immutable: it decides what is learned, and a run that changes it in the
+# middle is another run. A prefix covers all fields below it. Between two starts of the same local
+# run a job counts as suspended.
+FIELD_MUTABILITY: dict[str, Mutability] = {
+    "spec.algorithm.epochs": Mutability.WHILE_SUSPENDED,
+    "spec.optimizer.learningRate": Mutability.WHILE_SUSPENDED,
+    "spec.evaluation.everyEpochs": Mutability.WHILE_SUSPENDED,
+    "spec.checkpoint.everyEpochs": Mutability.WHILE_SUSPENDED,
+    "spec.checkpoint.keepLast": Mutability.MUTABLE,
+    "spec.checkpoint.endpointUrl": Mutability.WHILE_SUSPENDED,
+    "spec.compute": Mutability.WHILE_SUSPENDED,
+    "spec.runPolicy": Mutability.MUTABLE,
+    "spec.tracking": Mutability.WHILE_SUSPENDED,
+}
+
+
+def mutability_of(path: str) -> Mutability:
+    """When the field at ``path`` (``spec.…`` in camelCase) may change."""
+    for prefix, mutability in FIELD_MUTABILITY.items():
+        if path == prefix or path.startswith((f"{prefix}.", f"{prefix}[")):
+            return mutability
+    return Mutability.IMMUTABLE
+
+
+def changed_fields(old: JobSpec, new: JobSpec) -> list[str]:
+    """Paths of the fields in which two specifications differ, sorted.
+
+    A list counts as one field; a section that is present in one of the two only, too.
+    """
+    return sorted(
+        _differences(
+            old.model_dump(mode="json", by_alias=True),
+            new.model_dump(mode="json", by_alias=True),
+            "spec",
+        )
+    )
+
+
+def _differences(old: object, new: object, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{path}.{key}")
+        ]
+    return [] if old == new else [path]

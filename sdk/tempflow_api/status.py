@@ -1,0 +1,104 @@
+"""What the operator observes of a job, as it stands in ``status``."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from tempflow_api.base import Section, Text, Timestamp, Uri
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Observed(Section):
+    """A block of status: a newer operator may have written keys that this version ignores."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Condition(Observed):
+    """One fact about the job, in the form that ``kubectl wait`` understands."""
+
+    type: Annotated[str, Field(max_length=64, pattern=r"^[A-Z][A-Za-z]*$")]
+    status: Literal["True", "False", "Unknown"]
+    reason: Annotated[str, Field(max_length=64, pattern=r"^[A-Z][A-Za-z]*$")]
+    message: Annotated[str, Field(max_length=4096)] = ""
+    last_transition_time: Timestamp
+    observed_generation: Count = 0
+
+
+class Replicas(Observed):
+    """Pods of the current attempt."""
+
+    desired: Count = 0
+    running: Count = 0
+    succeeded: Count = 0
+    failed: Count = 0
+
+
+class Restarts(Observed):
+    """Attempts after the first, by what ended the one before."""
+
+    failures: Count = 0
+    """These count against ``spec.runPolicy.maxRestarts``."""
+    disruptions: Count = 0
+
+
+class Progress(Observed):
+    """What rank 0 says of itself; the trainer writes it, the operator copies it."""
+
+    epoch: Count
+    """Epochs completed."""
+    epochs: Count
+    phase: Literal["starting", "rollout", "scoring", "update", "evaluation", "checkpoint", "done"]
+    attempt: Count = 0
+    reward: float | None = None
+    """Mean reward of the last epoch's draws."""
+    images_per_second: float | None = None
+    """Images drawn and scored, over the last epoch."""
+    eta_seconds: float | None = None
+    checkpoint_epoch: Count | None = None
+    """Epochs completed in the last complete checkpoint."""
+    checkpoint_uri: Uri | None = None
+    time: Timestamp
+
+
+class Failure(Observed):
+    """Where a failed attempt began to fail."""
+
+    pod: Text = ""
+    node: Text = ""
+    container: Text = ""
+    exit_code: int | None = None
+    reason: Text = ""
+    message: Annotated[str, Field(max_length=4096)] = ""
+
+
+class Attempt(Observed):
+    """One gang of pods, from start to end."""
+
+    number: Count
+    outcome: Literal["Active", "Succeeded", "Failed", "Disrupted", "Suspended", "Cancelled"]
+    start_time: Timestamp | None = None
+    end_time: Timestamp | None = None
+    failure: Failure | None = None
+
+
+class JobStatus(Observed):
+    """The observed state of a job."""
+
+    phase: Literal[
+        "Pending", "Starting", "Running", "Suspended", "Restarting", "Succeeded", "Failed"
+    ] = "Pending"
+    """A summary for people, derived from the conditions; programs read the conditions."""
+    observed_generation: Count = 0
+    conditions: Annotated[list[Condition], Field(max_length=16)] = []
+    attempt: Count = 0
+    """Number of the current attempt, from 1."""
+    attempt_started_at: Timestamp | None = None
+    replicas: Replicas = Replicas()
+    restarts: Restarts = Restarts()
+    start_time: Timestamp | None = None
+    completion_time: Timestamp | None = None
+    progress: Progress | None = None
+    attempts: Annotated[list[Attempt], Field(max_length=10)] = []
+    """The last ten."""

@@ -1,0 +1,304 @@
+"""``TempFlowGRPOJob``: the specification of a run. The only place to edit the API.
+
+The custom resource definition, the reference documentation and the checks of the command line,
+the operator and the trainer are derived from these classes. Rules across fields are in
+``rules.py``, the observed state is in ``status.py``.
+
+Every number that the reference implementation of the paper writes into its code is a field here;
+the default is the paper's unless the description says otherwise. Two numbers are not fields: the
+weight constant (2.25, 1.73, 1.53) is computed from the schedule in use, and the shift of the
+schedule comes from the model's own scheduler configuration.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tempflow_api.base import Name, Prompt, Quantity, Section, Text, Uri
+from tempflow_api.status import JobStatus
+
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Lora(Section):
+    """A low-rank update of the named projections; the model itself stays frozen."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Width of the update. The paper uses 32 for SD3.5 and FLUX.1, 64 for Qwen-Image."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 64
+    """The update is scaled by alpha / rank."""
+    targets: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)
+    ] = []
+    """Names of the projections, matched at the end of the module path. An empty list takes the
+    family's own: the attention projections of both streams. A name that matches nothing is an
+    error."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How the first factor starts; the second one starts at zero, so the update starts at none."""
+
+
+class Ema(Section):
+    """An average of the trained weights; evaluation and the exported result use it."""
+
+    decay: Fraction = 0.9
+    """Upper bound of the decay, warmed up as (1 + s) / (10 + s) over updates s. At 0 the average
+    is the trained weights themselves."""
+    every_updates: PositiveInt = 8
+    """Updates of the weights between two updates of the average."""
+
+
+class Model(Section):
+    """What is trained, and which part of it."""
+
+    family: Literal["digits", "sd3", "flux", "qwen-image"]
+    """The adapter that knows how to encode, schedule, run and decode the model. ``sd3`` covers
+    SD3 and SD3.5, ``flux`` FLUX.1, ``digits`` the small model that ships with the package."""
+    source: Uri
+    """``builtin:digits``, a local folder, ``s3://bucket/prefix``, or a Hugging Face id
+    (``owner/name``). A folder has the diffusers layout."""
+    revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Commit, tag or branch of a Hugging Face id."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's weights and activations. The stochastic step, log-probabilities,
+    advantages, the trained weights and the optimizer are float32 always."""
+    max_text_tokens: Annotated[int, Field(ge=1, le=4096)] = 128
+    """Longest prompt that the long text encoder reads; what is beyond is cut."""
+    tuning: Literal["lora", "full"]
+    """Train a low-rank update (``lora``, described in ``spec.model.lora``) or every weight of the
+    transformer."""
+    lora: Lora | None = None
+    """Present exactly when tuning is ``lora``."""
+    ema: Ema = Ema()
+
+
+class Data(Section):
+    """The prompts. Exactly one of the two fields is given."""
+
+    prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
+    """Prompts written into the manifest."""
+    prompts_file: Uri | None = None
+    """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), or JSON
+    lines (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata."""
+    shuffle: bool = True
+    """Draw the prompts of each pass in a new random order; else in the order of the file."""
+
+
+class Sampling(Section):
+    """How an image is drawn during training."""
+
+    steps: Annotated[int, Field(ge=2, le=1000)] = 10
+    """Denoising steps T. Fewer than for display: 10 steps rank images as 40 do."""
+    width: Annotated[int, Field(ge=8, le=8192)] = 512
+    """Pixels."""
+    height: Annotated[int, Field(ge=8, le=8192)] = 512
+    """Pixels."""
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] = 4.5
+    """Classifier-free guidance, in rollout and training alike; 1 switches it off. FLUX.1 takes
+    the number as an input of the network instead."""
+    negative_prompt: Text = ""
+    """What classifier-free guidance steers away from. Qwen-Image uses a single space."""
+    noise_level: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """The a of sigma_t = a sqrt(t / (1 - t)), the noise of the stochastic step. 0.7 for SD3.5,
+    0.9 for FLUX.1, 1.2 for Qwen-Image; at the first step the noise added equals a."""
+
+
+class Advantage(Section):
+    """How a reward becomes an advantage: (reward - mean) / (deviation + epsilon)."""
+
+    scope: Literal["seed", "prompt"] = "seed"
+    """Draws that are compared: those that share prompt, seed and step, or prompt and step."""
+    deviation: Literal["group", "global", "none"] = "group"
+    """Divide by the population standard deviation of the group, of all draws of that step in the
+    epoch, or by nothing."""
+    epsilon: Annotated[float, Field(gt=0, le=10)] = 1e-4
+    """Added to the deviation, in units of the reward. Larger values keep groups that are solved
+    from amplifying trivial differences."""
+    clip_max: Annotated[float, Field(gt=0, le=1000)] = 5.0
+    """Advantages beyond this are cut."""
+
+
+class Algorithm(Section):
+    """TempFlow-GRPO (arXiv 2508.04324), and Flow-GRPO to compare it with."""
+
+    method: Literal["tempflow", "flow-grpo"] = "tempflow"
+    """``tempflow``: a deterministic trunk, one stochastic step a branch, its reward credited to
+    that step. ``flow-grpo``: every step is stochastic, one reward for the whole trajectory."""
+    epochs: PositiveInt = 100
+    """Rounds of rollout, scoring and update."""
+    prompts_per_epoch: Annotated[int, Field(ge=1, le=100_000)] = 48
+    """Prompts drawn for an epoch, over all processes."""
+    seeds_per_prompt: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Start noises a prompt, N. With ``flow-grpo`` this is the size of the group."""
+    branches_per_seed: Annotated[int, Field(ge=1, le=1024)] = 6
+    """Draws at each branch step, K. 1 with ``flow-grpo``."""
+    branch_steps: Annotated[list[Annotated[int, Field(ge=0, le=998)]], Field(max_length=999)] = []
+    """Steps that are stochastic and trained. An empty list takes all but the last, where almost
+    no noise is left and likelihoods overflow."""
+    updates_per_epoch: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Optimizer steps an epoch, each over an equal share of its prompts."""
+    weighting: Literal["noise-aware", "none"] = "noise-aware"
+    """``noise-aware`` multiplies the policy loss at step k by sigma_k sqrt(|dt_k|) over its mean
+    over the branch steps (equation 7 of the paper)."""
+    advantage: Advantage = Advantage()
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """The ratio is clipped to 1 plus or minus this. It acts on a log-probability averaged over
+    the latent's dimensions, so small latents need more: 3e-3 at 200 dimensions."""
+    kl_coefficient: Annotated[float, Field(ge=0, le=1000)] = 0.001
+    """Weight of the exact Kullback-Leibler divergence of the stochastic step from the model
+    before training. 0 saves the reference forward."""
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    """Every random number of the run is derived from this one."""
+
+
+class RewardTerm(Section):
+    """One scorer and its share in the reward."""
+
+    name: Name
+    """A built-in reward; ``tempflow rewards`` of the trainer lists them."""
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+    """The reward is the weighted sum of raw scores. A term of weight 0 is held out: scored at
+    evaluations and shown, never trained on."""
+    parameters: Annotated[
+        dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)
+    ] = {}
+    """Settings of the scorer, as strings."""
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Gradients are scaled down to this norm; the norm before is reported."""
+
+
+class Evaluation(Section):
+    """Images from fixed noise, scored by every reward, also by those held out."""
+
+    every_epochs: PositiveInt = 20
+    """Also before the first epoch and after the last."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 40
+    """Denoising steps, all deterministic."""
+    prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
+    """How many of the prompts, from the top of the list."""
+    images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
+
+
+class Checkpoint(Section):
+    """What survives the processes: the state to continue from, and the result."""
+
+    uri: (
+        Annotated[
+            str,
+            Field(
+                min_length=1,
+                max_length=1024,
+                pattern=r"^(s3://[a-z0-9][a-z0-9.-]+(/.*)?|file://.+|[^:]+)$",
+            ),
+        ]
+        | None
+    ) = None
+    """``s3://bucket/prefix`` or a local folder, which gets one sub-folder a run. Without it
+    ``tempflow run`` uses ``runs``; on a cluster it is required and starts with ``s3://``."""
+    endpoint_url: Annotated[str, Field(max_length=1024, pattern=r"^https?://.+$")] | None = None
+    """Address of a store other than Amazon's. Credentials never stand in a manifest: they come
+    from the environment, a profile or the pod's identity."""
+    region: Annotated[str, Field(max_length=64)] | None = None
+    every_epochs: PositiveInt = 10
+    """Also after the last epoch."""
+    keep_last: Annotated[int, Field(ge=2, le=1000)] = 2
+    """Older checkpoints are deleted once a new one is complete. At least two, so that a damaged
+    one has a predecessor."""
+
+
+class Compute(Section):
+    """Where the run is computed. Nothing here changes what is learned."""
+
+    device: Literal["cuda", "cpu"]
+    """Asked for and absent is an error: there is no quiet fallback."""
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Pods; 1 with ``tempflow run``."""
+    processes_per_node: Annotated[int, Field(ge=1, le=64)] = 1
+    """One a GPU with ``cuda``."""
+    rows_per_call: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """Most latents in one call of the network without gradient: bounds the memory of a rollout."""
+    rows_per_training_call: Annotated[int, Field(ge=1, le=65_536)] = 8
+    """Most (seed, step) pairs in one call with gradient."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Container image of the trainer on a cluster; the operator has a default."""
+    cpu: Quantity | None = None
+    """Requested processors a pod."""
+    memory: Quantity | None = None
+    """Requested and limiting memory a pod."""
+    shared_memory: Quantity = "2Gi"
+    """Size of /dev/shm in a pod; counted in its memory limit."""
+    secret_name: Annotated[str, Field(max_length=253)] | None = None
+    """A Secret whose keys become environment variables of the trainer: the credentials of the
+    store and of the model hub."""
+
+
+class RunPolicy(Section):
+    """What the operator does about time and failure. ``tempflow run`` does not restart."""
+
+    suspend: bool = False
+    """Stop after a checkpoint and hold no resources until it is false again."""
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Attempts after the first that failures may use; a disruption by the cluster uses none."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """The job fails when it has been active for so long."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+    """The job is deleted so long after its end. Checkpoints stay."""
+    termination_grace_period_seconds: Annotated[int, Field(ge=15, le=86_400)] = 120
+    """Between the request to stop and the kill: time for a last checkpoint."""
+
+
+class Tracking(Section):
+    """What is recorded beside the metrics, which always go to ``record/metrics.jsonl``."""
+
+    image_grids: bool = True
+    """Write a picture of each evaluation to ``record/grids``."""
+
+
+class JobSpec(Section):
+    """A run of TempFlow-GRPO."""
+
+    model: Model
+    data: Data
+    sampling: Sampling = Sampling()
+    algorithm: Algorithm = Algorithm()
+    rewards: Annotated[list[RewardTerm], Field(min_length=1, max_length=32)]
+    """Scorers, by unique name; at least one with a weight."""
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    compute: Compute
+    run_policy: RunPolicy = RunPolicy()
+    tracking: Tracking = Tracking()
+
+
+class ObjectMeta(Section):
+    """The part of Kubernetes' metadata that a manifest written by hand has."""
+
+    name: Annotated[
+        str, Field(min_length=1, max_length=45, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    ]
+    """Becomes part of host names, so at most 45 characters: lower-case letters, digits, '-'."""
+    namespace: Name | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class TempFlowGRPOJob(Section):
+    """A manifest as people write it, and the object as the API server stores it."""
+
+    api_version: Literal["tempflow.dev/v1alpha1"]
+    kind: Literal["TempFlowGRPOJob"]
+    metadata: ObjectMeta
+    spec: JobSpec
+    status: JobStatus | None = None
+    """Written by the operator; ignored in a manifest."""

@@ -1,0 +1,1 @@
+"""Training of text-to-image flow models with TempFlow-GRPO."""

@@ -1,0 +1,1 @@
+"""Scorers of images; one file per kind of reward."""
