@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
-from tempflow_api.status import Condition
+from tempflow_api.status import Condition, Phase
 
 
 class ConditionType(StrEnum):
@@ -24,8 +24,14 @@ class Reason(StrEnum):
     PODS_STARTING = "PodsStarting"
     PODS_RUNNING = "PodsRunning"
     UNSCHEDULABLE = "Unschedulable"
+    QUEUED = "Queued"
     IMAGE_PULL_FAILED = "ImagePullFailed"
+    CONTAINER_NOT_STARTED = "ContainerNotStarted"
+    NAME_TAKEN = "NameTaken"
+    REQUEST_REFUSED = "RequestRefused"
+    STOPPING = "Stopping"
     RESTARTING = "Restarting"
+    SUSPENDING = "Suspending"
     SUSPENDED_BY_USER = "SuspendedByUser"
     NOT_SUSPENDED = "NotSuspended"
     COMMITTED = "Committed"
@@ -37,6 +43,44 @@ class Reason(StrEnum):
     PERMANENT_FAILURE = "PermanentFailure"
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+
+
+CONDITION_MEANINGS: dict[ConditionType, str] = {
+    ConditionType.SUSPENDED: "True when `runPolicy.suspend` is set and every pod has ended.",
+    ConditionType.RUNNING: "True while all pods of the current attempt run.",
+    ConditionType.CHECKPOINTED: "True once a complete checkpoint is known.",
+    ConditionType.SUCCEEDED: "True when all epochs are trained and the result is stored.",
+    ConditionType.FAILED: "True when no further attempt will be made.",
+    ConditionType.FINISHED: "True on either end: what a script waits for.",
+}
+
+REASON_MEANINGS: dict[Reason, str] = {
+    Reason.PENDING: "The operator has seen the job and started nothing yet.",
+    Reason.PODS_STARTING: "Pods exist and do not all run yet.",
+    Reason.PODS_RUNNING: "All pods of the attempt run.",
+    Reason.UNSCHEDULABLE: "The scheduler finds no node for a pod.",
+    Reason.QUEUED: "A queue holds the attempt back; it has not been admitted.",
+    Reason.IMAGE_PULL_FAILED: "A node cannot pull the trainer's image.",
+    Reason.CONTAINER_NOT_STARTED: "A node cannot create the container, for instance because the "
+    "Secret of `compute.secretName` is missing.",
+    Reason.NAME_TAKEN: "Somebody else's object has the name that the attempt needs.",
+    Reason.REQUEST_REFUSED: "The API server refuses what the operator asks for; it tries again.",
+    Reason.STOPPING: "Pods of an attempt that has ended are still stopping.",
+    Reason.RESTARTING: "The attempt ended; the next one starts after a pause.",
+    Reason.SUSPENDING: "Suspended by the user; pods write a last checkpoint and stop.",
+    Reason.SUSPENDED_BY_USER: "`runPolicy.suspend` is true and no pod is left.",
+    Reason.NOT_SUSPENDED: "`runPolicy.suspend` is false.",
+    Reason.COMMITTED: "`status.checkpoint` names a complete checkpoint.",
+    Reason.NOT_YET: "Not so far.",
+    Reason.COMPLETED: "All epochs are trained.",
+    Reason.SUCCEEDED: "The job ended well.",
+    Reason.FAILED: "The job ended badly; the condition `Failed` says why.",
+    Reason.SPEC_INVALID: "The job cannot run as it is written.",
+    Reason.PERMANENT_FAILURE: "The trainer ended with an exit code after which a further attempt "
+    "would end the same way.",
+    Reason.RESTARTS_EXHAUSTED: "The attempt failed and `runPolicy.maxRestarts` are used up.",
+    Reason.DEADLINE_EXCEEDED: "The job was active for `runPolicy.activeDeadlineSeconds`.",
+}
 
 
 def set_condition(
@@ -79,3 +123,37 @@ def is_true(conditions: Iterable[Condition], kind: ConditionType) -> bool:
     """Whether the condition of that type is there and ``True``."""
     condition = find(conditions, kind)
     return condition is not None and condition.status == "True"
+
+
+_STARTING = frozenset(
+    {
+        Reason.PODS_STARTING,
+        Reason.UNSCHEDULABLE,
+        Reason.IMAGE_PULL_FAILED,
+        Reason.CONTAINER_NOT_STARTED,
+    }
+)
+
+
+def phase_of(conditions: Sequence[Condition]) -> Phase:
+    """The one word that sums the conditions up; their order does not matter."""
+    for kind, phase in _DECISIVE:
+        if is_true(conditions, kind):
+            return phase
+    running = find(conditions, ConditionType.RUNNING)
+    reason = running.reason if running else Reason.PENDING
+    if reason in _STARTING:
+        return "Starting"
+    if reason == Reason.SUSPENDING:
+        return "Suspending"
+    if reason in (Reason.RESTARTING, Reason.STOPPING):
+        return "Restarting"
+    return "Pending"
+
+
+_DECISIVE: tuple[tuple[ConditionType, Phase], ...] = (
+    (ConditionType.SUCCEEDED, "Succeeded"),
+    (ConditionType.FAILED, "Failed"),
+    (ConditionType.SUSPENDED, "Suspended"),
+    (ConditionType.RUNNING, "Running"),
+)

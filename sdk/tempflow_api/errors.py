@@ -125,3 +125,12 @@ class TrainingDiverged(TempFlowError):
 
 class Preempted(TempFlowError):
     exit_code = ExitCode.PREEMPTED
+
+
+def of_code(code: int, message: str) -> TempFlowError:
+    """The error that exits with ``code``, for one process to repeat what another one said."""
+    kinds = {kind.exit_code: kind for kind in TempFlowError.__subclasses__()}
+    kinds.pop(ExitCode.INVALID, None)  # its constructor wants the single problems
+    error = kinds.get(ExitCode(code), TempFlowError)(message)
+    error.exit_code = ExitCode(code)
+    return error

@@ -12,6 +12,10 @@ LABEL_JOB_NAME = f"{GROUP}/job-name"
 LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_ROLE = f"{GROUP}/role"
+ROLE_TRAINER = "trainer"
+
+TRAINER_CONTAINER = "trainer"
+FIELD_MANAGER = "tempflow-operator"
 
 # Environment of the trainer's container, set by the operator or by ``tempflow run``.
 ENV_JOB_FILE = "TEMPFLOW_JOB_FILE"

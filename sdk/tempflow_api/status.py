@@ -6,7 +6,19 @@ from pydantic import ConfigDict, Field
 
 from tempflow_api.base import Section, Text, Timestamp, Uri
 
-Count = Annotated[int, Field(ge=0)]
+# What a pod reports is written into status: no number may be one that JSON or the API server refuses.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Phase = Literal[
+    "Pending",
+    "Starting",
+    "Running",
+    "Suspending",
+    "Suspended",
+    "Restarting",
+    "Succeeded",
+    "Failed",
+]
 
 
 class Observed(Section):
@@ -51,15 +63,23 @@ class Progress(Observed):
     epochs: Count
     phase: Literal["starting", "rollout", "scoring", "update", "evaluation", "checkpoint", "done"]
     attempt: Count = 0
-    reward: float | None = None
+    reward: Finite | None = None
     """Mean reward of the last epoch's draws."""
-    images_per_second: float | None = None
+    images_per_second: Finite | None = None
     """Images drawn and scored, over the last epoch."""
-    eta_seconds: float | None = None
+    eta_seconds: Finite | None = None
     checkpoint_epoch: Count | None = None
     """Epochs completed in the last complete checkpoint."""
     checkpoint_uri: Uri | None = None
     time: Timestamp
+
+
+class LastCheckpoint(Observed):
+    """The newest complete checkpoint that any attempt reported; the next attempt starts from it."""
+
+    epoch: Count
+    """Epochs completed in it."""
+    uri: Uri | None = None
 
 
 class Failure(Observed):
@@ -70,7 +90,9 @@ class Failure(Observed):
     container: Text = ""
     exit_code: int | None = None
     reason: Text = ""
+    """As Kubernetes names it, for instance ``OOMKilled`` or ``PreemptionByScheduler``."""
     message: Annotated[str, Field(max_length=4096)] = ""
+    """The last line that the container left behind."""
 
 
 class Attempt(Observed):
@@ -86,19 +108,25 @@ class Attempt(Observed):
 class JobStatus(Observed):
     """The observed state of a job."""
 
-    phase: Literal[
-        "Pending", "Starting", "Running", "Suspended", "Restarting", "Succeeded", "Failed"
-    ] = "Pending"
+    phase: Phase = "Pending"
     """A summary for people, derived from the conditions; programs read the conditions."""
     observed_generation: Count = 0
     conditions: Annotated[list[Condition], Field(max_length=16)] = []
     attempt: Count = 0
     """Number of the current attempt, from 1."""
     attempt_started_at: Timestamp | None = None
+    """When the current attempt's pods were first allowed to start."""
+    next_attempt_at: Timestamp | None = None
+    """The next attempt starts no earlier."""
+    active_seconds: Count = 0
+    """What ended attempts count towards ``spec.runPolicy.activeDeadlineSeconds``."""
     replicas: Replicas = Replicas()
     restarts: Restarts = Restarts()
     start_time: Timestamp | None = None
     completion_time: Timestamp | None = None
     progress: Progress | None = None
+    progress_text: Annotated[str, Field(max_length=32)] = ""
+    """Epochs completed of epochs asked for, as one word for ``kubectl get``."""
+    checkpoint: LastCheckpoint | None = None
     attempts: Annotated[list[Attempt], Field(max_length=10)] = []
     """The last ten."""

@@ -185,7 +185,7 @@ class Evaluation(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] = 40
     """Denoising steps, all deterministic."""
     prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
-    """How many of the prompts, from the top of the list."""
+    """At most so many of the prompts, from the top of the list."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
 
 

@@ -34,15 +34,11 @@ class DigitsPipeline:
         transformer = SD3Transformer2DModel.from_pretrained(
             folder / "transformer", local_files_only=True
         )
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", local_files_only=True
-        )
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
         return cls(
             transformer=transformer.eval(),
             text_encoder=text_encoder.eval().requires_grad_(False),
-            tokenizer=AutoTokenizer.from_pretrained(
-                folder / "tokenizer", local_files_only=True
-            ),
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(
                 folder / "scheduler", local_files_only=True
             ),
@@ -83,8 +79,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tens
         # Two places are the start and the end token's.
         if len(words) > length - 2:
             raise ValueError(f"{len(words)} words in prompt {prompt!r}, expected <= {length - 2}")
-    encoded = tokenizer(
-        list(prompts), padding="max_length", max_length=length, return_tensors="pt"
-    )
+    encoded = tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
     input_ids_NL: Tensor = encoded["input_ids"]
     return input_ids_NL

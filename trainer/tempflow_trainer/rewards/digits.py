@@ -15,6 +15,7 @@ from importlib.resources import files
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -28,6 +29,11 @@ LOG_PROBABILITY_FLOOR = -10.0
 DIGIT_BOX_SHARE = (20 / 28) ** 2
 
 
+# Features are at most 1 and landmarks need no more precision than this (they are fitted to).
+LANDMARK_LEVELS = 255
+JUDGE_DIRECTIONS = 8
+
+
 def digit_of(prompt: str) -> int:
     """The digit that a prompt asks for, by name or by numeral: "a three" and "the digit 3" are 3.
 
@@ -39,8 +45,7 @@ def digit_of(prompt: str) -> int:
     found = [known[word] for word in prompt.lower().split() if word in known]
     if len(found) != 1:
         raise ValueError(
-            f"{len(found)} digits in prompt {prompt!r}, expected exactly one of: "
-            + " ".join(known)
+            f"{len(found)} digits in prompt {prompt!r}, expected exactly one of: " + " ".join(known)
         )
     return found[0]
 
@@ -68,8 +73,8 @@ class DigitClassifier(nn.Module):
 class RbfJudge:
     """A kernel machine, so that it shares no weakness with the rewarded network.
 
-    landmarks_MF: features of M training digits; weights_M10 and bias_10: one linear score per
-    digit over the kernel exp(-gamma |feature - landmark|^2).
+    landmarks_MF: `judge_features` of M training digits; weights_M10 and bias_10: one linear score
+    per digit over the kernel exp(-gamma |feature - landmark|^2).
     """
 
     landmarks_MF: Tensor
@@ -95,9 +100,19 @@ class RbfJudge:
 
 
 def judge_features(grey_NHW: Tensor) -> Tensor:
-    """Pixels scaled to length 1, [N, H * W]: how dark the ink is does not matter."""
-    pixels_NF = grey_NHW.flatten(1)
-    return pixels_NF / pixels_NF.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    """Edges by direction and place, [N, 200]: central differences, split into 8 directions,
+    averaged over 4x4 pixels every 3 pixels, scaled to length 1 so that the ink's strength does
+    not matter (a small relative of the HOG descriptor: Dalal and Triggs, 2005).
+    """
+    padded_N1HW = F.pad(grey_NHW[:, None], (1, 1, 1, 1))
+    across_N1HW = padded_N1HW[:, :, 1:-1, 2:] - padded_N1HW[:, :, 1:-1, :-2]
+    down_N1HW = padded_N1HW[:, :, 2:, 1:-1] - padded_N1HW[:, :, :-2, 1:-1]
+    angles = [2 * math.pi * part / JUDGE_DIRECTIONS for part in range(JUDGE_DIRECTIONS)]
+    edges_N8HW = torch.cat(
+        [across_N1HW * math.cos(angle) + down_N1HW * math.sin(angle) for angle in angles], dim=1
+    ).relu()
+    pooled_NF = F.avg_pool2d(edges_N8HW, kernel_size=4, stride=3, padding=1).flatten(1)
+    return pooled_NF / pooled_NF.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
 @cache
@@ -113,7 +128,7 @@ def load_judge() -> RbfJudge:
     """The shipped judge. It is never a reward: it shows whether the reward is still earned."""
     tensors = _read_asset("judge.safetensors")
     return RbfJudge(
-        landmarks_MF=tensors["landmarks"].float(),
+        landmarks_MF=tensors["landmarks"].float() / LANDMARK_LEVELS,
         weights_M10=tensors["weights"],
         bias_10=tensors["bias"],
         gamma=float(tensors["gamma"]),

@@ -1,0 +1,37 @@
+"""Draw images with a trained model: the trainer's sampler as a child process."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tempflow.refused import Refused
+
+SAMPLER = (sys.executable, "-m", "tempflow_trainer.sample")
+
+
+def sample(
+    source: Path,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+    out: Path,
+    base: bool,
+    command: Sequence[str] = SAMPLER,
+) -> int:
+    """Draw ``count`` images a prompt into the picture ``out``; the sampler's exit code.
+
+    ``source`` is the folder of a run, of a checkpoint or of a result. With ``base`` the model as
+    it was before training draws from the same noise.
+    """
+    if not source.is_dir():
+        raise Refused(f"there is no folder {source}: expects that of a run, checkpoint or result")
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise Refused(f"cannot write the picture {out}: its folder must exist")
+    arguments = [str(source)]
+    for prompt in prompts:
+        arguments += ["--prompt", prompt]
+    arguments += ["--count", str(count), "--seed", str(seed), "--out", str(out)]
+    arguments += ["--base"] if base else []
+    return subprocess.run([*command, *arguments], check=False).returncode

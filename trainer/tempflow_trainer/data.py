@@ -1,0 +1,112 @@
+"""Prompts, addressed by epoch and position: resume and any number of ranks see the same ones."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from tempflow_api.errors import ManifestInvalid, Problem
+from tempflow_api.v1alpha1 import JobSpec
+from tempflow_trainer import seeds
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of the prompt list."""
+
+    id: int
+    text: str
+    metadata: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One start noise of one prompt of an epoch."""
+
+    prompt: Prompt
+    position: int
+    """Of the prompt within the epoch, 0 .. promptsPerEpoch - 1."""
+    seed: int
+    """0 .. seedsPerPrompt - 1."""
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """Which prompts an epoch uses and how its groups are shared."""
+
+    prompts: Sequence[Prompt]
+    prompts_per_epoch: int
+    seeds_per_prompt: int
+    updates_per_epoch: int
+    shuffle: bool
+    run_seed: int
+
+    def prompt_at(self, epoch: int, position: int) -> Prompt:
+        """Passes over the list follow one another without gap, each in an order of its own."""
+        count = len(self.prompts)
+        passed, index = divmod(epoch * self.prompts_per_epoch + position, count)
+        if self.shuffle:
+            index = seeds.permutation(count, self.run_seed, "prompts", passed)[index]
+        return self.prompts[index]
+
+    def shares(self, epoch: int, *, rank: int, world: int) -> list[list[Group]]:
+        """This rank's groups of the epoch, one list an update.
+
+        Every update has an equal share of the prompts; its groups are dealt to the ranks in turn.
+        """
+        per_update = self.prompts_per_epoch // self.updates_per_epoch
+        return [
+            [
+                Group(self.prompt_at(epoch, position), position, seed)
+                for position in range(update * per_update, (update + 1) * per_update)
+                for seed in range(self.seeds_per_prompt)
+            ][rank::world]
+            for update in range(self.updates_per_epoch)
+        ]
+
+
+def load_prompts(spec: JobSpec) -> list[Prompt]:
+    """The prompts of the manifest or of its file.
+
+    Raises:
+        ManifestInvalid: a file that cannot be read, is empty, or has a broken line.
+    """
+    if spec.data.prompts is not None:
+        return [Prompt(i, text, {}) for i, text in enumerate(spec.data.prompts)]
+    source = str(spec.data.prompts_file)
+    lines = _read(source).splitlines()
+    parse = _parse_json if source.endswith(".jsonl") else _parse_text
+    found = [parse(source, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise _invalid(source, "holds no prompt", None)
+    return [Prompt(i, text, metadata) for i, (text, metadata) in enumerate(found)]
+
+
+def _read(source: str) -> str:
+    try:
+        if "://" not in source:
+            return Path(source).read_text(encoding="utf-8")
+        with fsspec.open(source, "rt", encoding="utf-8") as file:
+            return str(file.read())
+    except OSError as error:
+        raise _invalid(source, f"cannot be read: {error}", None) from error
+
+
+def _parse_text(_source: str, _number: int, line: str) -> tuple[str, Mapping[str, object]]:
+    return line.strip(), {}
+
+
+def _parse_json(source: str, number: int, line: str) -> tuple[str, Mapping[str, object]]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _invalid(source, f"not JSON: {error.msg} at column {error.colno}", number) from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise _invalid(source, 'expected an object with a text "prompt"', number)
+    return record.pop("prompt"), record
+
+
+def _invalid(source: str, message: str, line: int | None) -> ManifestInvalid:
+    return ManifestInvalid(source, [Problem("spec.data.promptsFile", message, line)])

@@ -1,0 +1,117 @@
+"""Images from fixed noise, before, during and after training: what the run is judged by."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tempflow_trainer import seeds
+from tempflow_trainer.data import Prompt
+from tempflow_trainer.distributed import Ranks
+from tempflow_trainer.rewards.base import Reward
+from tempflow_trainer.rollout import Walker
+
+LEAST_CELL_PIXELS = 56
+LABEL_PIXELS = 120
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result, the same on every rank."""
+
+    scores: dict[str, Tensor]
+    """By reward, held-out ones too, [N]."""
+    total: Tensor
+    """The trained reward, [N]."""
+    diversity: float
+    images_PM3HW: Tensor
+    """Prompts x images a prompt, as 8-bit numbers."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Start noise depends on prompt and image number alone, so pictures compare over time."""
+
+    walker: Walker
+    reward: Reward
+    prompts: Sequence[Prompt]
+    images_per_prompt: int
+    latent_shape: tuple[int, int, int]
+    run_seed: int
+    ranks: Ranks
+
+    def run(self) -> Evaluation:
+        """Draw and score with the weights as they are; the ranks share the work."""
+        jobs = [(p, m) for p in self.prompts for m in range(self.images_per_prompt)]
+        index_N = torch.arange(len(jobs))[self.ranks.rank :: self.ranks.world]
+        mine = [jobs[i] for i in index_N.tolist()]
+        images = self._draw(mine) if mine else torch.empty(0, 3, 1, 1)
+        texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
+        scores = self.reward.score(images, texts, metadata, held_out=True) if mine else {}
+        order = torch.cat(self.ranks.gather_rows(index_N)).argsort()
+        names = [term.name for term in self.reward.terms]
+        gathered = {
+            name: torch.cat(self.ranks.gather_rows(scores.get(name, torch.empty(0))))[order]
+            for name in names
+        }
+        pictures = [
+            part for part in self.ranks.gather_rows((images * 255).round().byte()) if len(part)
+        ]
+        shape = (len(self.prompts), self.images_per_prompt)
+        images_PM3HW = torch.cat(pictures)[order].unflatten(0, shape)
+        return Evaluation(
+            gathered, self.reward.total(gathered), diversity(images_PM3HW), images_PM3HW
+        )
+
+    @torch.no_grad()
+    def _draw(self, jobs: Sequence[tuple[Prompt, int]]) -> Tensor:
+        starts_NCHW = torch.stack(
+            [
+                seeds.normal(self.latent_shape, self.run_seed, "evaluation", p.id, image)
+                for p, image in jobs
+            ]
+        )
+        model = self.walker.policy.model
+        images = []
+        for rows in torch.arange(len(jobs)).split(self.walker.rows_per_call):
+            conditioning = model.encode([jobs[i][0].text for i in rows.tolist()])
+            latents = self.walker.sample(starts_NCHW[rows], conditioning)
+            images.append(model.decode(latents).cpu())
+        return torch.cat(images)
+
+
+def diversity(images_PM3HW: Tensor) -> float:
+    """Root-mean-square pixel distance of two images of the same prompt, averaged over pairs and
+    prompts, in units of the full range. It falls when a model draws the same image again and
+    again, whatever the reward says."""
+    prompts, count = images_PM3HW.shape[:2]
+    if count < 2:
+        return math.nan
+    flat = images_PM3HW.float().div(255).reshape(prompts, count, -1)
+    distances = torch.cdist(flat, flat) / math.sqrt(flat.shape[-1])
+    return float(distances.sum(dim=(1, 2)).mean() / (count * (count - 1)))
+
+
+def write_grid(images_PM3HW: Tensor, labels: Sequence[str], file: Path) -> None:
+    """One row a prompt, its text at the left; small images are enlarged without smoothing."""
+    prompts, count, _, height, width = images_PM3HW.shape
+    scale = max(1, math.ceil(LEAST_CELL_PIXELS / max(height, width)))
+    cell_h, cell_w = height * scale + 2, width * scale + 2
+    grid = Image.new("RGB", (LABEL_PIXELS + count * cell_w, prompts * cell_h), "white")
+    pen = ImageDraw.Draw(grid)
+    for row, label in enumerate(labels):
+        pen.text((4, row * cell_h + cell_h // 2 - 6), label[:18], fill="black")
+        for column in range(count):
+            pixels = images_PM3HW[row, column].permute(1, 2, 0).contiguous().numpy()
+            picture = Image.fromarray(pixels).resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
+            grid.paste(picture, (LABEL_PIXELS + column * cell_w, row * cell_h))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    grid.save(partial, format="PNG", optimize=True)
+    partial.replace(file)

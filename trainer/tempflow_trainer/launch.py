@@ -1,0 +1,197 @@
+"""Entry of the container and of ``tempflow run``: starts the ranks and says how they ended.
+
+It stays the first process, so signals arrive here; it runs torchrun as its child, and turns what
+the ranks left behind into one exit code and one line. torchrun alone would answer 1 for every
+failure. No torch is imported here.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tempflow_api import naming
+from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid, Problem, TempFlowError
+from tempflow_api.v1alpha1 import TempFlowGRPOJob
+
+# Kubernetes shows the end of this file as the container's termination message.
+TERMINATION_LOG = Path("/dev/termination-log")
+# Between torchrun's kill of a rank that will not stop and the kill of everything.
+SHUTDOWN_RESERVE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet; the same on every node."""
+
+    nodes: int
+    node_rank: int
+    processes: int
+    address: str
+    port: int
+
+    @classmethod
+    def of(cls, job: TempFlowGRPOJob, environment: Mapping[str, str]) -> "Rendezvous":
+        """From the job and what the operator put into the environment.
+
+        Raises:
+            ManifestInvalid: several nodes, but no address to meet at.
+            AddressInUse: the port, when it is this node that has to open it.
+        """
+        compute = job.spec.compute
+        address = environment.get(naming.ENV_MASTER_ADDR)
+        if compute.nodes > 1 and address is None:
+            raise ManifestInvalid(
+                "the job",
+                [Problem("spec.compute.nodes", f"got {compute.nodes}, expected 1 on one machine")],
+            )
+        node_rank = int(environment.get(naming.ENV_NODE_RANK, "0"))
+        asked = environment.get(naming.ENV_MASTER_PORT)
+        port = int(asked) if asked else _free_port()
+        if asked and node_rank == 0:
+            _check_free(port)
+        return cls(
+            compute.nodes, node_rank, compute.processes_per_node, address or "127.0.0.1", port
+        )
+
+    def command(self) -> list[str]:
+        """The torchrun command: a fixed gang, rank 0 on node 0, no restarts of its own."""
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={self.nodes}",
+            f"--node-rank={self.node_rank}",
+            f"--nproc-per-node={self.processes}",
+            f"--master-addr={self.address}",
+            f"--master-port={self.port}",
+            "--max-restarts=0",
+            "-m",
+            "tempflow_trainer.main",
+        ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise AddressInUse(
+                f"port {port}, where the processes of the run meet, is taken: {error.strerror}; "
+                f"set {naming.ENV_MASTER_PORT} to a free one"
+            ) from error
+
+
+def read_job(path: Path) -> TempFlowGRPOJob:
+    """The resolved job.
+
+    Raises:
+        ManifestInvalid: unreadable, or not a job.
+    """
+    try:
+        return TempFlowGRPOJob.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ManifestInvalid(str(path), [Problem("the file", str(error.strerror))]) from error
+    except ValidationError as error:
+        problems = [
+            Problem(".".join(str(part) for part in found["loc"]), found["msg"])
+            for found in error.errors()
+        ]
+        raise ManifestInvalid(str(path), problems) from error
+
+
+def run(environment: Mapping[str, str]) -> tuple[int, str]:
+    """Start the ranks, wait for them; returns exit code and message.
+
+    Raises:
+        TempFlowError: the run cannot start.
+    """
+    job = read_job(Path(environment[naming.ENV_JOB_FILE]))
+    work = Path(environment[naming.ENV_WORK_DIR])
+    results = work / "ranks"
+    shutil.rmtree(results, ignore_errors=True)
+    rendezvous = Rendezvous.of(job, environment)
+    child = subprocess.Popen(rendezvous.command(), env=_child_environment(job, environment))
+
+    def forward(_number: int, _frame: types.FrameType | None) -> None:
+        child.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
+    status = child.wait()
+    shutil.rmtree(work / "staging", ignore_errors=True)
+    return how_it_ended(status, results, rendezvous)
+
+
+def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> dict[str, str]:
+    grace = job.spec.run_policy.termination_grace_period_seconds
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    threads = max(1, processors // job.spec.compute.processes_per_node)
+    return {
+        # torchrun kills its ranks after 30 seconds whatever the pod's grace period is.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace - SHUTDOWN_RESERVE_SECONDS),
+        "OMP_NUM_THREADS": str(threads),
+        **environment,
+    }
+
+
+def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[int, str]:
+    """One code and message from what the ranks of this node wrote.
+
+    A rank's own error comes before that of a rank which only lost its peers; a rank that wrote
+    nothing was killed.
+    """
+    if status == 0:
+        return ExitCode.DONE, ""
+    first = rendezvous.node_rank * rendezvous.processes
+    told = {
+        rank: json.loads(file.read_text())
+        for rank in range(first, first + rendezvous.processes)
+        if (file := results / f"rank-{rank}.json").is_file()
+    }
+    failed = [told[rank] for rank in sorted(told) if told[rank]["code"] != ExitCode.DONE]
+    own = [result for result in failed if result["code"] != ExitCode.RANK_DIED]
+    if own:
+        return own[0]["code"], own[0]["message"]
+    silent = [r for r in range(first, first + rendezvous.processes) if r not in told]
+    if silent:
+        return ExitCode.RANK_DIED, (
+            f"rank {silent[0]} died without a word: it was killed, perhaps for want of memory; "
+            "the run continues from its last checkpoint when it is started again"
+        )
+    if failed:
+        return ExitCode.RANK_DIED, failed[0]["message"]
+    return ExitCode.BUG, f"the launcher of the ranks ended with status {status}"
+
+
+def main() -> int:
+    """Returns the exit code; its message goes to stderr and to the termination message."""
+    try:
+        code, message = run(os.environ)
+    except TempFlowError as error:
+        code, message = int(error.exit_code), str(error)
+    if message:
+        sys.stderr.write(f"{'note' if code == ExitCode.PREEMPTED else 'error'}: {message}\n")
+        if TERMINATION_LOG.exists():
+            TERMINATION_LOG.write_text(f"{message[:4000]}\n")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

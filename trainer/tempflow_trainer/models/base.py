@@ -1,0 +1,113 @@
+"""What a family of models has to offer, and the guided velocity built on it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempflow_trainer.algorithm.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network reads of the prompts: named tensors, one row a prompt."""
+
+    tensors: dict[str, Tensor]
+
+    def rows(self, index_B: Tensor) -> "Conditioning":
+        """The rows at ``index_B``, repeated as it repeats them."""
+        return Conditioning(
+            {name: tensor[index_B.to(tensor.device)] for name, tensor in self.tensors.items()}
+        )
+
+    def join(self, other: "Conditioning") -> "Conditioning":
+        """The rows of both, one after the other."""
+        return Conditioning(
+            {
+                name: torch.cat([tensor, other.tensors[name]])
+                for name, tensor in self.tensors.items()
+            }
+        )
+
+
+class FlowModel(ABC):
+    """A text-to-image model that predicts v = noise - image. One subclass a family."""
+
+    transformer: Any
+    """The network that is trained; a diffusers model, which is untyped."""
+    lora_targets: tuple[str, ...]
+    """The projections that a LoRA without targets of its own adapts."""
+    classifier_free: bool
+    """Whether guidance needs a second, unconditional velocity."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of an image of that size in pixels."""
+
+    @abstractmethod
+    def schedule(self, steps: int, height: int, width: int) -> Schedule:
+        """Noise levels, by the model's own scheduler and its configuration."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One row a prompt."""
+
+    @abstractmethod
+    def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's v at noise levels ``sigma_B`` in [0, 1], same shape as the latents."""
+
+    @abstractmethod
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, height, width], float32 in [0, 1]."""
+
+
+@dataclass
+class Policy:
+    """A model with its guidance; counts the network's work in rows."""
+
+    model: FlowModel
+    guidance_scale: float
+    negative: Conditioning | None
+    """The one row that guidance steers away from; None where guidance needs none."""
+    device: torch.device
+    evaluations: dict[str, int] = field(
+        default_factory=lambda: {"rollout": 0, "training": 0, "reference": 0, "evaluation": 0}
+    )
+
+    @classmethod
+    def of(
+        cls, model: FlowModel, *, guidance_scale: float, negative_prompt: str, device: torch.device
+    ) -> "Policy":
+        """Encode the negative prompt where classifier-free guidance will read it."""
+        guided = model.classifier_free and guidance_scale != 1
+        negative = model.encode([negative_prompt]) if guided else None
+        return cls(model, guidance_scale, negative, device)
+
+    @property
+    def rows_per_velocity(self) -> int:
+        """Rows of the network for one velocity: 2 with classifier-free guidance."""
+        return 1 if self.negative is None else 2
+
+    def velocity(
+        self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning, *, purpose: str
+    ) -> Tensor:
+        """v_uncond + s (v_cond - v_uncond), or the plain v without guidance; float32.
+
+        ``purpose`` names the counter of network rows to add to.
+        """
+        rows = len(latents_BCHW)
+        self.evaluations[purpose] += rows * self.rows_per_velocity
+        latents, sigma = latents_BCHW.to(self.device), sigma_B.to(self.device)
+        if self.negative is None:
+            return self.model.velocity(latents, sigma, conditioning).float()
+        unconditional = self.negative.rows(torch.zeros(rows, dtype=torch.long))
+        both = self.model.velocity(
+            torch.cat([latents, latents]),
+            torch.cat([sigma, sigma]),
+            conditioning.join(unconditional),
+        ).float()
+        conditional, plain = both.chunk(2)
+        return plain + self.guidance_scale * (conditional - plain)

@@ -1,0 +1,104 @@
+"""Stable Diffusion 3 and 3.5, on diffusers' own pipeline."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from tempflow_api.errors import ModelUnavailable
+from tempflow_trainer.algorithm import schedule
+from tempflow_trainer.algorithm.schedule import Schedule
+from tempflow_trainer.models.base import Conditioning, FlowModel
+
+
+class Sd3(FlowModel):
+    """Latent diffusion with three text encoders and classifier-free guidance."""
+
+    classifier_free = True
+    # Attention of the image stream and of the text stream, as the paper adapts them.
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, *, max_text_tokens: int) -> None:
+        """Use the parts of ``pipeline``; nothing of it but the transformer is trained."""
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer.eval()
+        self._max_text_tokens = max_text_tokens
+        for part in (
+            pipeline.vae,
+            pipeline.text_encoder,
+            pipeline.text_encoder_2,
+            pipeline.text_encoder_3,
+        ):
+            if part is not None:
+                part.requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_text_tokens: int,
+    ) -> "Sd3":
+        """From a folder or a hub id.
+
+        Raises:
+            ModelUnavailable: files missing, no access, no network, or another kind of model.
+        """
+        try:
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                source, revision=revision, torch_dtype=dtype
+            )
+        except (OSError, ValueError) as error:
+            raise ModelUnavailable(
+                f"spec.model.source: {source} cannot be loaded as StableDiffusion3Pipeline: {error}"
+            ) from error
+        return cls(pipeline.to(device), max_text_tokens=max_text_tokens)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = self.pipeline.vae_scale_factor
+        return self.transformer.config.in_channels, height // factor, width // factor
+
+    def schedule(self, steps: int, height: int, width: int) -> Schedule:
+        del height, width  # the shift of SD3 does not depend on the resolution
+        return schedule.from_scheduler(self.pipeline.scheduler, steps)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._max_text_tokens,
+        )
+        return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype = self.pipeline.vae.dtype
+        velocity: Tensor = self.transformer(
+            hidden_states=latents_BCHW.to(dtype),
+            timestep=sigma_B * self.pipeline.scheduler.config.num_train_timesteps,
+            **conditioning.tensors,
+            return_dict=False,
+        )[0]
+        return velocity
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        images: Tensor = vae.decode(latents + vae.config.shift_factor, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)

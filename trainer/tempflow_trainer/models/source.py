@@ -1,0 +1,57 @@
+"""Where a model's files are: a folder, an object store, or the Hugging Face hub."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import fsspec
+
+from tempflow_api.errors import ModelUnavailable
+from tempflow_api.v1alpha1 import Model
+
+BUILTIN = "builtin:"
+
+
+def locate(model: Model, cache: Path) -> str:
+    """A local folder with the model's files, or the hub id to ask diffusers for.
+
+    ``s3://`` prefixes are copied below ``cache`` first; a copy that is already there is used.
+
+    Raises:
+        ModelUnavailable: a folder or prefix that does not exist or is empty.
+    """
+    source = model.source
+    if source.startswith(BUILTIN):
+        return str(files("tempflow_trainer") / "assets" / source.removeprefix(BUILTIN))
+    if source.startswith("s3://"):
+        return str(_fetch(source, cache))
+    path = Path(source.removeprefix("file://"))
+    if path.is_dir():
+        return str(path)
+    looks_like_path = source.startswith(("file://", "/", ".")) or source.count("/") != 1
+    if looks_like_path:
+        raise ModelUnavailable(
+            f"spec.model.source: no folder {str(path)!r}; expected a folder in the diffusers "
+            "layout, builtin:digits, s3://bucket/prefix or a Hugging Face id (owner/name)"
+        )
+    return source
+
+
+def _fetch(source: str, cache: Path) -> Path:
+    target = cache / source.removeprefix("s3://").strip("/").replace("/", "--")
+    if target.is_dir():
+        return target
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        filesystem, prefix = fsspec.url_to_fs(source, use_listings_cache=False)
+        found = filesystem.find(prefix)
+        for key in found:
+            file = partial / key.removeprefix(prefix).lstrip("/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(key, str(file))
+    except OSError as error:
+        raise ModelUnavailable(f"spec.model.source: {source} cannot be read: {error}") from error
+    if not found:
+        raise ModelUnavailable(f"spec.model.source: there is nothing at {source}")
+    partial.rename(target)
+    return target

@@ -1,0 +1,206 @@
+"""Which weights are trained: a low-rank update, or all of them.
+
+Both keep trained weights in float32, can run the model as it was before training, and export in
+the form that diffusers loads.
+"""
+
+import copy
+import difflib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tempflow_api import checkpoint_layout as layout
+from tempflow_api.errors import ModelUnavailable
+from tempflow_api.v1alpha1 import Lora
+from tempflow_trainer import seeds
+from tempflow_trainer.models.base import FlowModel, Policy
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class Tuning(ABC):
+    """The trained weights of a model."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name, float32."""
+
+    @abstractmethod
+    def reference(self, policy: Policy) -> AbstractContextManager[Policy]:
+        """A context in which the policy is the model before training."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the current weights below ``folder`` in the form that diffusers loads."""
+
+    @contextmanager
+    def values(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """A context in which the parameters have other values, for instance their average."""
+        parameters = self.parameters()
+        trained = {name: p.detach().clone() for name, p in parameters.items()}
+        self.assign(values)
+        try:
+            yield
+        finally:
+            self.assign(trained)
+
+    @torch.no_grad()
+    def assign(self, values: dict[str, Tensor]) -> None:
+        """Set every parameter.
+
+        Raises:
+            ValueError: names or shapes that are not those of the parameters.
+        """
+        parameters = self.parameters()
+        if values.keys() != parameters.keys():
+            odd = sorted(values.keys() ^ parameters.keys())[:3]
+            raise ValueError(f"weights are of another model: {odd} and perhaps more do not match")
+        for name, parameter in parameters.items():
+            if values[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{name} has shape {list(values[name].shape)}, expected {list(parameter.shape)}"
+                )
+            parameter.copy_(values[name])
+
+
+class LoraTuning(Tuning):
+    """A low-rank update beside the frozen projections (diffusers' and peft's own)."""
+
+    def __init__(self, model: FlowModel, lora: Lora, run_seed: int) -> None:
+        """Freeze the model and add the update, which is zero at first.
+
+        Raises:
+            ModelUnavailable: a target that matches no projection, with near names.
+        """
+        self._transformer = model.transformer.requires_grad_(False)
+        targets = lora.targets or list(model.lora_targets)
+        _check_targets(model.transformer, targets)
+        self._config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=targets,
+            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(run_seed, "lora"))
+            self._transformer.add_adapter(self._config)
+        for _, parameter in self._trainable():
+            parameter.data = parameter.data.float()
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self._transformer.named_parameters() if p.requires_grad]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self._trainable())
+
+    @contextmanager
+    def reference(self, policy: Policy) -> Iterator[Policy]:
+        layers = [m for m in self._transformer.modules() if isinstance(m, LoraLayer)]
+        for layer in layers:
+            layer.enable_adapters(enabled=False)
+        try:
+            yield policy
+        finally:
+            for layer in layers:
+                layer.enable_adapters(enabled=True)
+
+    def export(self, folder: Path) -> None:
+        # Without its configuration as metadata a loader takes alpha to be the rank.
+        update = get_peft_model_state_dict(self._transformer)
+        config = {k: _plain(v) for k, v in self._config.to_dict().items()}
+        metadata = {f"transformer.{key}": value for key, value in config.items()}
+        target = folder / layout.ADAPTER
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {f"transformer.{k}": v.detach().cpu().contiguous() for k, v in update.items()},
+            target / LORA_FILE,
+            metadata={
+                "format": "pt",
+                "lora_adapter_metadata": json.dumps(metadata, sort_keys=True),
+            },
+        )
+
+
+class FullTuning(Tuning):
+    """Every weight of the transformer."""
+
+    def __init__(self, model: FlowModel, *, keep_reference: bool) -> None:
+        """``keep_reference`` holds a frozen copy for the KL."""
+        self._transformer = model.transformer.float().requires_grad_(True)
+        self._model = model
+        self._reference: nn.Module | None = None
+        if keep_reference:
+            self._reference = copy.deepcopy(model.transformer).requires_grad_(False)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self._transformer.named_parameters())
+
+    @contextmanager
+    def reference(self, policy: Policy) -> Iterator[Policy]:
+        if self._reference is None:
+            raise ValueError("no reference was kept")
+        model = copy.copy(self._model)
+        model.transformer = self._reference
+        yield replace(policy, model=model)  # shares the counters
+
+    def export(self, folder: Path) -> None:
+        self._transformer.save_pretrained(folder / layout.TRANSFORMER)
+
+
+def load_result(model: FlowModel, folder: Path) -> None:
+    """Apply an exported result, an ``adapter`` or a ``transformer`` folder, to ``model``.
+
+    Raises:
+        ModelUnavailable: neither is there, or it is of another model.
+    """
+    adapter, transformer = folder / layout.ADAPTER / LORA_FILE, folder / layout.TRANSFORMER
+    if adapter.is_file():
+        _load_adapter(model, adapter)
+    elif transformer.is_dir():
+        model.transformer = type(model.transformer).from_pretrained(transformer).eval()
+    else:
+        raise ModelUnavailable(
+            f"{folder} holds no result: expected {layout.ADAPTER}/{LORA_FILE} or "
+            f"{layout.TRANSFORMER}/"
+        )
+
+
+def _load_adapter(model: FlowModel, file: Path) -> None:
+    model.transformer.load_lora_adapter(
+        load_file(file), prefix="transformer", metadata=_metadata(file)
+    )
+
+
+def _metadata(file: Path) -> dict[str, object]:
+    with safe_open(file, framework="pt") as opened:
+        stored = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return {key.removeprefix("transformer."): value for key, value in stored.items()}
+
+
+def _check_targets(transformer: nn.Module, targets: list[str]) -> None:
+    names = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = sorted(
+                {".".join(n.split(".")[-2:]) for n in names} | {n.split(".")[-1] for n in names}
+            )
+            near = difflib.get_close_matches(target, ends, n=3, cutoff=0.3) or ends[:3]
+            raise ModelUnavailable(
+                f"spec.model.lora.targets: {target!r} matches no projection of the model; near "
+                f"names are {', '.join(near)}"
+            )
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else value
