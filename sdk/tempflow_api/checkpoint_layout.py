@@ -5,6 +5,7 @@
     <run>/
       run.json                       the resolved job and the version that started it
       checkpoints/step-0000000120-attempt-000001/
+        config.json                  the specification of the job
         adapter/                     LoRA in the diffusers form, or
         transformer/                 full weights in the diffusers form; both from the average
         state/                       trained weights, average and optimizer to continue from
@@ -33,6 +34,7 @@ GRIDS = f"{RECORD}/grids"
 ADAPTER = "adapter"
 TRANSFORMER = "transformer"
 STATE = "state"
+CONFIG = "config.json"
 
 _FOLDER = re.compile(r"^step-(\d{10})-attempt-(\d{6})(?:-(\d+))?$")
 

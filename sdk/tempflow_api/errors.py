@@ -54,6 +54,11 @@ PERMANENT = frozenset(
 """Codes after which a further attempt would end the same way."""
 
 
+ASKED_TO_STOP = frozenset({int(ExitCode.PREEMPTED), 128 + 15})
+"""What is left of a trainer that was asked to stop, in time and not (SIGTERM). When one rank fails,
+the others are asked too, so this is evidence only where there is no other."""
+
+
 class TempFlowError(Exception):
     """An error that a user can act on: shown as one message, never as a traceback."""
 

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field
 
 from tempflow_api.base import Section, Text, Timestamp, Uri
 
-# What a pod reports is written into status: no number may be one that JSON or the API server refuses.
+# A pod's report goes into status: no number may be one that JSON or the API server refuses.
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Phase = Literal[

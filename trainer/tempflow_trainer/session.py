@@ -144,7 +144,9 @@ class Session:
         return str(answer["value"])
 
     def _export(self, folder: Path) -> None:
-        """The result people use is the average, as evaluated."""
+        """The result people use is the average, as evaluated; with what is needed to load it."""
+        config = self.spec.model_dump_json(by_alias=True, indent=1)
+        (folder / layout.CONFIG).write_text(config, encoding="utf-8")
         with self.run.tuning.values(self.run.ema.values):
             self.run.tuning.export(folder)
 

@@ -61,7 +61,8 @@ def _centred(rewards_GSK: Tensor, keys_G: Tensor) -> tuple[Tensor, Tensor]:
     # Measured from the least reward of the group, equal rewards are exactly zero, and so are
     # their mean, their deviation and their advantages.
     least_NS = torch.full((groups, steps), torch.inf, dtype=torch.float64)
-    least_NS.index_reduce_(0, group_G, rewards_GSK.amin(dim=2), "amin")
+    least_GS = rewards_GSK.amin(dim=2)
+    least_NS.scatter_reduce_(0, group_G[:, None].expand_as(least_GS), least_GS, "amin")
     above_GSK = rewards_GSK - least_NS[group_G][..., None]
     centred_GSK = above_GSK - mean_GS(above_GSK)[..., None]
     return centred_GSK, mean_GS(centred_GSK.square()).sqrt()

@@ -15,6 +15,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
+from tempflow_api.errors import ManifestInvalid, ModelUnavailable, Problem
+from tempflow_trainer.algorithm import schedule
+from tempflow_trainer.algorithm.schedule import Schedule
+from tempflow_trainer.models.base import Conditioning, FlowModel
+
 
 @dataclass(frozen=True)
 class DigitsPipeline:
@@ -82,3 +87,80 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tens
     encoded = tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
     input_ids_NL: Tensor = encoded["input_ids"]
     return input_ids_NL
+
+
+class Digits(FlowModel):
+    """The family ``digits``."""
+
+    classifier_free = True
+    # Attention of the image stream and of the text stream, as in the larger models.
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+    )
+
+    def __init__(self, pipeline: DigitsPipeline, device: torch.device) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        self.transformer = pipeline.transformer
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_text_tokens: int,
+    ) -> Digits:
+        """From a folder like the shipped one; it has one revision, and prompts of a few words.
+
+        Raises:
+            ModelUnavailable: a file that is missing or of another model.
+        """
+        del revision, max_text_tokens
+        try:
+            pipeline = DigitsPipeline.load(Path(source))
+        except (OSError, ValueError) as error:
+            raise ModelUnavailable(f"spec.model.source: {source}: {error}") from error
+        pipeline.transformer.to(device, dtype)
+        return cls(pipeline, device)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 1, height, width
+
+    def schedule(self, steps: int, height: int, width: int) -> Schedule:
+        del height, width
+        return schedule.from_scheduler(self._pipeline.scheduler, steps)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        try:
+            hidden, pooled = self._pipeline.encode(prompts)
+        except ValueError as error:
+            problem = Problem("spec.data.prompts", str(error))
+            raise ManifestInvalid("the job", [problem]) from error
+        dtype = self.transformer.dtype
+        return Conditioning(
+            {
+                "encoder_hidden_states": hidden.to(self._device, dtype),
+                "pooled_projections": pooled.to(self._device, dtype),
+            }
+        )
+
+    def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
+        velocity: Tensor = self.transformer(
+            hidden_states=latents_BCHW.to(self.transformer.dtype),
+            timestep=sigma_B * self._pipeline.scheduler.config.num_train_timesteps,
+            **conditioning.tensors,
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        return self._pipeline.decode(latents_BCHW)

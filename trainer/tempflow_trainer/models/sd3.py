@@ -59,7 +59,7 @@ class Sd3(FlowModel):
         """
         try:
             pipeline = StableDiffusion3Pipeline.from_pretrained(
-                source, revision=revision, torch_dtype=dtype
+                source, revision=revision, dtype=dtype
             )
         except (OSError, ValueError) as error:
             raise ModelUnavailable(

@@ -184,8 +184,10 @@ def _load_adapter(model: FlowModel, file: Path) -> None:
 
 def _metadata(file: Path) -> dict[str, object]:
     with safe_open(file, framework="pt") as opened:
-        stored = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix("transformer."): value for key, value in stored.items()}
+        stored: dict[str, object] = json.loads(
+            (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+        )
+    return stored
 
 
 def _check_targets(transformer: nn.Module, targets: list[str]) -> None:

@@ -111,7 +111,7 @@ def judge_features(grey_NHW: Tensor) -> Tensor:
     edges_N8HW = torch.cat(
         [across_N1HW * math.cos(angle) + down_N1HW * math.sin(angle) for angle in angles], dim=1
     ).relu()
-    pooled_NF = F.avg_pool2d(edges_N8HW, kernel_size=4, stride=3, padding=1).flatten(1)
+    pooled_NF: Tensor = F.avg_pool2d(edges_N8HW, kernel_size=4, stride=3, padding=1).flatten(1)
     return pooled_NF / pooled_NF.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
@@ -270,7 +270,7 @@ def diversity_within_digit(images_N3HW: Tensor, digits: Sequence[int]) -> float:
 def _log_probability(images_N3HW: Tensor, prompts: Sequence[str]) -> Tensor:
     asked_N = _asked(images_N3HW, prompts)
     with torch.no_grad():
-        log_p_N10 = load_classifier()(_picture(images_N3HW)).log_softmax(dim=1)
+        log_p_N10: Tensor = load_classifier()(_picture(images_N3HW)).log_softmax(dim=1)
     return log_p_N10.gather(1, asked_N[:, None])[:, 0]
 
 
