@@ -147,6 +147,9 @@ def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> 
         # torchrun kills its ranks after 30 seconds whatever the pod's grace period is.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace - SHUTDOWN_RESERVE_SECONDS),
         "OMP_NUM_THREADS": str(threads),
+        # Advice of the libraries about options of theirs that a run does not use.
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
         **environment,
     }
 

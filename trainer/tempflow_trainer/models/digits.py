@@ -129,7 +129,9 @@ class Digits(FlowModel):
             pipeline = DigitsPipeline.load(Path(source))
         except (OSError, ValueError) as error:
             raise ModelUnavailable(f"spec.model.source: {source}: {error}") from error
-        pipeline.transformer.to(device, dtype)
+        pipeline.transformer.to(device)
+        if dtype != pipeline.transformer.dtype:
+            pipeline.transformer.to(dtype)
         return cls(pipeline, device)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -3,7 +3,9 @@
 import importlib
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
@@ -29,6 +31,7 @@ def load(model: Model, *, cache: Path, device: torch.device) -> FlowModel:
             f"spec.model.family: {model.family} has no adapter in this version; it has "
             + ", ".join(FAMILIES)
         )
+    _no_progress_bars()
     module, _, name = FAMILIES[model.family].partition(":")
     family: FlowModel = getattr(importlib.import_module(module), name).load(
         locate(model, cache),
@@ -38,3 +41,9 @@ def load(model: Model, *, cache: Path, device: torch.device) -> FlowModel:
         max_text_tokens=model.max_text_tokens,
     )
     return family
+
+
+def _no_progress_bars() -> None:
+    """Bars of the libraries fill a log with fragments; phases and errors are told by the run."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

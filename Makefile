@@ -1,0 +1,49 @@
+# README and CI call these targets and nothing else.
+PYTHON ?= python3
+UV := 0.13.9
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := sdk operator trainer tests benchmarks tools
+# One thread a process: torch's threads spin while they wait, which slows tests that run side by side.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test check generate lock bench clean
+
+help: ## What can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+setup: $(VENV)/ready ## A virtual environment with everything, from the lock
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip -q
+	@echo "setting up $(VENV): downloads about 3 GB the first time"
+	@$(RUN) -m pip install -q --disable-pip-version-check uv==$(UV)
+	@$(VENV)/bin/uv pip install -q -p $(VENV) --require-hashes -r requirements.lock
+	@$(VENV)/bin/uv pip install -q -p $(VENV) --no-deps -e .
+	@touch $@
+
+demo: setup ## Train the digits model for two minutes and draw with the result
+	$(VENV)/bin/tempflow run examples/digits.yaml
+	$(VENV)/bin/tempflow sample runs/digits --prompt "a three" --prompt "a seven" --out runs/digits/sample.png
+
+test: setup ## The tests that need nothing but Python packages
+	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -m "not faults and not cluster"
+
+check: setup ## Format, types, imports, generated files
+	$(RUN) tests/budget.py --name check --minutes 3 -- $(MAKE) --no-print-directory check-all
+
+.PHONY: check-all
+check-all:
+	$(VENV)/bin/ruff check --output-format concise $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/mypy $(SOURCES)
+	$(VENV)/bin/lint-imports
+
+lock: ## Resolve requirements.lock anew, for all platforms at once
+	$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header --extra dev pyproject.toml -o requirements.lock
+
+clean: ## Remove what was set up or generated here, but no runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
