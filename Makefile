@@ -4,10 +4,11 @@ UV := 0.13.9
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := sdk operator trainer tests benchmarks tools
+COMPILE := $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 # One thread a process: torch's threads spin while they wait, which slows tests that run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check generate lock bench clean
+.PHONY: help setup demo test test-faults check generate lock images push-images clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -31,6 +32,9 @@ demo: setup ## Train the digits model for two minutes and draw with the result
 test: setup ## The tests that need nothing but Python packages
 	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -m "not faults and not cluster"
 
+test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
+	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -m faults tests/faults
+
 check: setup ## Format, types, imports, generated files
 	$(RUN) tests/budget.py --name check --minutes 3 -- $(MAKE) --no-print-directory check-all
 
@@ -40,10 +44,27 @@ check-all:
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy $(SOURCES)
 	$(VENV)/bin/lint-imports
+	$(RUN) -m tempflow_api.crd --check charts/tempflow/files/crd.yaml
+	$(RUN) -m tempflow_api.reference --check docs/reference.md
+	$(RUN) tools/chart_readme.py --check
+
+generate: setup ## Renew generated files: the resource definition, the reference, the chart's README
+	$(RUN) -m tempflow_api.crd --write charts/tempflow/files/crd.yaml
+	$(RUN) -m tempflow_api.reference --write docs/reference.md
+	$(RUN) tools/chart_readme.py
+	$(VENV)/bin/ruff format -q $(SOURCES)
 
 lock: ## Resolve requirements.lock anew, for all platforms at once
-	$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
-		--no-annotate --no-header --extra dev pyproject.toml -o requirements.lock
+	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
+	$(COMPILE) --extra operator -c requirements.lock pyproject.toml -o requirements-operator.lock
+	$(COMPILE) --extra trainer -c requirements.lock pyproject.toml -o requirements-trainer.lock
+	printf 'hatchling>=1.27\nuv>=0.13\n' | $(COMPILE) -c requirements.lock - -o requirements-build.lock
+
+images: ## Build the operator's and the trainer's image with docker, podman or buildah
+	tools/images.sh build
+
+push-images: ## Push them to IMAGE_REPOSITORY
+	tools/images.sh push
 
 clean: ## Remove what was set up or generated here, but no runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

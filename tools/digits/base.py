@@ -1,8 +1,8 @@
 """The base model: a tiny SD3 transformer on 14x14 pixels that is mediocre on purpose.
 
-A model that already draws what it is asked for leaves a reward nothing to teach. So 45 % of the
-prompts in training name a random digit: the pictures become good handwriting, but only about
-60 % of them show the digit of the prompt (a random one is right in a tenth of the cases).
+A model that already draws what it is asked for leaves a reward nothing to teach. So 40 % of the
+prompts in training name a random digit: the pictures become good handwriting, but at most 64 % of
+them show the digit of the prompt (a random one is right in a tenth of the cases).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +53,17 @@ class BaseRecipe:
 
     steps: int
     seed: int
-    batch_size: int = 128
-    learning_rate: float = 4e-3
+    batch_size: int = 64
+    learning_rate: float = 4e-3  # AdamW
+    muon_learning_rate: float = 0.02
     warmup_steps: int = 100
     ema_decay: float = 0.995
-    random_label_share: float = 0.45
+    random_label_share: float = 0.4
     empty_prompt_share: float = 0.1
+    # sigma = sigmoid(normal). Sampling at shift 3 spends seven of ten steps above 0.6: the mean is
+    # moved towards log 3, where all of it would be, and the wider spread keeps the last steps.
+    sigma_logit_mean: float = 0.7
+    sigma_logit_std: float = 1.2
 
 
 def phrasings_of(digit: int) -> list[str]:
@@ -148,21 +153,21 @@ def train_base(pipeline: DigitsPipeline, digits: Digits, recipe: BaseRecipe) -> 
     """Flow matching on `digits`; leaves the averaged (EMA) weights in the pipeline."""
     model = pipeline.transformer.train()
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
+    optimizers = _optimizers(model, recipe)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_and_cosine(recipe))
+        for optimizer in optimizers
+    ]
     started = time.monotonic()
     running_loss = 0.0
     for step, batch in enumerate(_batches(pipeline, digits, recipe)):
-        warmup = min(1.0, (step + 1) / recipe.warmup_steps)
-        cosine = (1 + math.cos(math.pi * step / recipe.steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * warmup * cosine
         loss = velocity_loss(model, *batch).mean()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         with torch.no_grad():
             # The first updates would otherwise keep the random start for 1 / (1 - decay) steps.
             decay = min(recipe.ema_decay, (step + 1) / (step + 10))
@@ -175,6 +180,31 @@ def train_base(pipeline: DigitsPipeline, digits: Digits, recipe: BaseRecipe) -> 
             running_loss = 0.0
     model.load_state_dict(average.state_dict())
     model.eval()
+
+
+def _optimizers(model: SD3Transformer2DModel, recipe: BaseRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest.
+
+    Measured after 1,500 steps of 64: validation loss 0.292, with AdamW alone 0.355, for a third
+    more time per step.
+    """
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        in_block = name.startswith("transformer_blocks") and weight.ndim == 2
+        (matrices if in_block else others).append(weight)
+    return [
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=recipe.muon_learning_rate, weight_decay=0.0),
+    ]
+
+
+def _warmup_and_cosine(recipe: BaseRecipe) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / recipe.warmup_steps)
+        return warmup * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+
+    return factor
 
 
 def velocity_loss(
@@ -230,5 +260,6 @@ def _batches(
             happens(recipe.empty_prompt_share), len(prompts) - 1, label_B * forms + form_B
         )
         noise_B1HW = torch.randn(clean_B1HW.shape, generator=generator)
-        sigma_B = torch.randn(size, generator=generator).sigmoid()  # logit-normal
+        logit_B = torch.randn(size, generator=generator) * recipe.sigma_logit_std
+        sigma_B = (logit_B + recipe.sigma_logit_mean).sigmoid()
         yield clean_B1HW, noise_B1HW, sigma_B, states_KLD[prompt_B], pooled_KP[prompt_B]

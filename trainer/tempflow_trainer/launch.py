@@ -122,6 +122,10 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
     Raises:
         TempFlowError: the run cannot start.
     """
+    missing = [n for n in (naming.ENV_JOB_FILE, naming.ENV_WORK_DIR) if n not in environment]
+    if missing:
+        problem = Problem(missing[0], "not set; 'tempflow run' and the operator set it")
+        raise ManifestInvalid("the environment", [problem])
     job = read_job(Path(environment[naming.ENV_JOB_FILE]))
     work = Path(environment[naming.ENV_WORK_DIR])
     results = work / "ranks"
@@ -141,12 +145,12 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
 
 def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> dict[str, str]:
     grace = job.spec.run_policy.termination_grace_period_seconds
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    threads = max(1, processors // job.spec.compute.processes_per_node)
     return {
         # torchrun kills its ranks after 30 seconds whatever the pod's grace period is.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace - SHUTDOWN_RESERVE_SECONDS),
-        "OMP_NUM_THREADS": str(threads),
+        # Torch's threads spin while they wait: with another program beside them, two are forty
+        # times slower than one (measured). More processors are used by more processes.
+        "OMP_NUM_THREADS": "1",
         # Advice of the libraries about options of theirs that a run does not use.
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",

@@ -23,6 +23,15 @@ class Conditioning:
             {name: tensor[index_B.to(tensor.device)] for name, tensor in self.tensors.items()}
         )
 
+    def cast(self, dtype: torch.dtype) -> "Conditioning":
+        """With floating-point tensors of that type; masks stay what they are."""
+        return Conditioning(
+            {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in self.tensors.items()
+            }
+        )
+
     def join(self, other: "Conditioning") -> "Conditioning":
         """The rows of both, one after the other."""
         return Conditioning(
@@ -63,6 +72,17 @@ class FlowModel(ABC):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images [B, 3, height, width], float32 in [0, 1]."""
 
+    def embed_guidance(self, conditioning: Conditioning, scale: float) -> Conditioning:
+        """For a network that reads the guidance scale: with the scale among its inputs."""
+        del scale
+        return conditioning
+
+    def combine(
+        self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float
+    ) -> Tensor:
+        """The velocity of classifier-free guidance."""
+        return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
+
 
 @dataclass
 class Policy:
@@ -94,7 +114,7 @@ class Policy:
     def velocity(
         self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning, *, purpose: str
     ) -> Tensor:
-        """v_uncond + s (v_cond - v_uncond), or the plain v without guidance; float32.
+        """The guided velocity, or the network's own where it guides itself or not at all; float32.
 
         ``purpose`` names the counter of network rows to add to.
         """
@@ -102,12 +122,12 @@ class Policy:
         self.evaluations[purpose] += rows * self.rows_per_velocity
         latents, sigma = latents_BCHW.to(self.device), sigma_B.to(self.device)
         if self.negative is None:
-            return self.model.velocity(latents, sigma, conditioning).float()
+            embedded = self.model.embed_guidance(conditioning, self.guidance_scale)
+            return self.model.velocity(latents, sigma, embedded).float()
         unconditional = self.negative.rows(torch.zeros(rows, dtype=torch.long))
         both = self.model.velocity(
             torch.cat([latents, latents]),
             torch.cat([sigma, sigma]),
             conditioning.join(unconditional),
         ).float()
-        conditional, plain = both.chunk(2)
-        return plain + self.guidance_scale * (conditional - plain)
+        return self.model.combine(*both.chunk(2), self.guidance_scale)

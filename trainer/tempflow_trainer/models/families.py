@@ -16,6 +16,8 @@ from tempflow_trainer.models.source import locate
 FAMILIES = {
     "digits": "tempflow_trainer.models.digits:Digits",
     "sd3": "tempflow_trainer.models.sd3:Sd3",
+    "flux": "tempflow_trainer.models.flux:Flux",
+    "qwen-image": "tempflow_trainer.models.qwen_image:QwenImage",
 }
 
 

@@ -6,10 +6,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from tempflow_api.errors import ModelUnavailable
 from tempflow_trainer.algorithm import schedule
 from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.models.base import Conditioning, FlowModel
+from tempflow_trainer.models.source import open_pipeline
 
 
 class Sd3(FlowModel):
@@ -57,14 +57,7 @@ class Sd3(FlowModel):
         Raises:
             ModelUnavailable: files missing, no access, no network, or another kind of model.
         """
-        try:
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                source, revision=revision, dtype=dtype
-            )
-        except (OSError, ValueError) as error:
-            raise ModelUnavailable(
-                f"spec.model.source: {source} cannot be loaded as StableDiffusion3Pipeline: {error}"
-            ) from error
+        pipeline = open_pipeline(StableDiffusion3Pipeline, source, revision=revision, dtype=dtype)
         return cls(pipeline.to(device), max_text_tokens=max_text_tokens)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -3,8 +3,10 @@
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import torch
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
@@ -35,6 +37,20 @@ def locate(model: Model, cache: Path) -> str:
             "layout, builtin:digits, s3://bucket/prefix or a Hugging Face id (owner/name)"
         )
     return source
+
+
+def open_pipeline(kind: Any, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline of class ``kind``, which is untyped, at a folder or hub id.
+
+    Raises:
+        ModelUnavailable: files missing, no access, no network, or another kind of model.
+    """
+    try:
+        return kind.from_pretrained(source, revision=revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(
+            f"spec.model.source: {source} cannot be loaded as {kind.__name__}: {error}"
+        ) from error
 
 
 def _fetch(source: str, cache: Path) -> Path:

@@ -112,7 +112,8 @@ def judge_features(grey_NHW: Tensor) -> Tensor:
         [across_N1HW * math.cos(angle) + down_N1HW * math.sin(angle) for angle in angles], dim=1
     ).relu()
     pooled_NF: Tensor = F.avg_pool2d(edges_N8HW, kernel_size=4, stride=3, padding=1).flatten(1)
-    return pooled_NF / pooled_NF.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    length_N1: Tensor = pooled_NF.norm(dim=1, keepdim=True)
+    return pooled_NF / length_N1.clamp(min=1e-6)
 
 
 @cache

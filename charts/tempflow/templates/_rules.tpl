@@ -1,0 +1,54 @@
+{{/* What the operator may do in the namespaces that it works in. No Secret, no workload but Jobs. */}}
+{{- define "tempflow.operatorRules" -}}
+# Deleted when their time to live is over.
+- apiGroups: [tempflow.dev]
+  resources: [tempflowgrpojobs]
+  verbs: [get, list, watch, delete]
+- apiGroups: [tempflow.dev]
+  resources: [tempflowgrpojobs/status]
+  verbs: [patch]
+{{- if .Values.rbac.ownerReferencesPermission }}
+- apiGroups: [tempflow.dev]
+  resources: [tempflowgrpojobs/finalizers]
+  verbs: [update]
+{{- end }}
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, watch]
+- apiGroups: [""]
+  resources: [services, configmaps]
+  verbs: [get, list, create, delete]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}
+
+{{/* What a person sees who looks after a job. */}}
+{{- define "tempflow.viewRules" -}}
+- apiGroups: [tempflow.dev]
+  resources: [tempflowgrpojobs, tempflowgrpojobs/status]
+  verbs: [get, list, watch]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch]
+- apiGroups: [""]
+  resources: [pods, pods/log, configmaps, events]
+  verbs: [get, list, watch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [get, list, watch]
+{{- end -}}
+
+{{/* What a person does beside looking: run jobs, and bring prompts along in a ConfigMap. */}}
+{{- define "tempflow.editRules" -}}
+{{ include "tempflow.viewRules" . }}
+- apiGroups: [tempflow.dev]
+  resources: [tempflowgrpojobs]
+  verbs: [create, update, patch, delete, deletecollection]
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [create, update, patch, delete]
+{{- end -}}
