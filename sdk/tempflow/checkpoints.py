@@ -103,7 +103,10 @@ def steps(store: Store) -> list[Step]:
     with _store_errors(store):
         try:
             names = store.files.ls(store.path(layout.CHECKPOINTS), detail=False)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            # A prefix without objects is a run that has stored nothing yet; this is not.
+            if "bucket does not exist" in str(error):
+                raise StoreUnavailable(f"cannot read {store.uri}: {_first_line(error)}") from error
             return []
         found = []
         for name in names:

@@ -3,6 +3,7 @@
 Modules are loaded inside the verbs, so that ``--help`` and completion stay instant.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -162,7 +163,7 @@ def run(
     outcome = local.run(job, watcher, work_dir=work_dir)
     if outcome.summary is None:
         errors = _console(stderr=True) if outcome.code else console
-        for line in render.ending(outcome, f"tempflow run {file}"):
+        for line in render.ending(outcome, _same_command()):
             render.say(errors, line)
     elif output == "json":
         typer.echo(outcome.summary.model_dump_json(by_alias=True, indent=2))
@@ -260,6 +261,11 @@ def version() -> None:
         typer.echo(f"tempflow {metadata.version('tempflow')}")
     except metadata.PackageNotFoundError:
         typer.echo("tempflow (not installed, run from its source)")
+
+
+def _same_command() -> str:
+    """What to type to continue the run that this command started."""
+    return shlex.join(["tempflow", *(word for word in sys.argv[1:] if word != "--fresh")])
 
 
 def _console(*, stderr: bool) -> "Console":

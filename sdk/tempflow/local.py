@@ -34,7 +34,6 @@ from tempflow_api.v1alpha1 import TempFlowGRPOJob
 JOB_FILE = "job.json"
 LOG_FILE = "log/trainer.log"
 LOCK_FILE = "lock"
-DEFAULT_WORK_DIR = "runs"
 
 TRAINER = (sys.executable, "-m", "tempflow_trainer.launch")
 _TRAINER_NEEDS = ("torch", "diffusers", "transformers", "peft", "safetensors")
@@ -52,8 +51,8 @@ class Watcher(Protocol):
     def progressed(self, progress: Progress) -> None:
         """The trainer is somewhere else than at the last call."""
 
-    def trained(self, metrics: Metrics) -> None:
-        """An epoch is complete."""
+    def trained(self, metrics: Metrics, progress: Progress | None) -> None:
+        """An epoch is complete; ``progress`` is as of now."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Images have been drawn and scored by every reward."""
@@ -148,7 +147,7 @@ def run(
     manifest: Manifest,
     watcher: Watcher,
     *,
-    work_dir: Path = Path(DEFAULT_WORK_DIR),
+    work_dir: Path,
     command: Sequence[str] = TRAINER,
 ) -> Outcome:
     """Run the job until it ends, or until Ctrl-C or SIGTERM stops it.
@@ -227,15 +226,16 @@ def _follow(
 
 def _telling(record: Record, watcher: Watcher) -> Callable[[], None]:
     """A function that tells what is new since its last call."""
-    last: Progress | None = None
+    # What an earlier start left is not news.
+    last = record.progress()
 
     def tell() -> None:
         nonlocal last
+        progress = record.progress()
         for metrics in record.epochs():
-            watcher.trained(metrics)
+            watcher.trained(metrics, progress)
         for evaluation in record.evaluations():
             watcher.evaluated(evaluation)
-        progress = record.progress()
         if progress is not None and progress != last:
             last = progress
             watcher.progressed(progress)

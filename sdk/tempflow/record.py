@@ -87,7 +87,7 @@ class Summary(Observed):
     """Drawn and scored."""
     seconds: PhaseSeconds = PhaseSeconds()
     peak_memory_bytes: int | None = None
-    result: str
+    result: str | None = None
     """The folder with ``adapter`` or ``transformer``."""
     checkpoint: str | None = None
 

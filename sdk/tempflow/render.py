@@ -44,13 +44,14 @@ class PlainWatcher:
         say(self._console, opening(job, folder, earlier))
 
     def progressed(self, progress: Progress) -> None:
-        before = self._progress.checkpoint_epoch if self._progress else None
-        if progress.checkpoint_epoch is not None and progress.checkpoint_epoch != before:
-            say(self._console, f"checkpoint after epoch {progress.checkpoint_epoch} is complete")
+        kept = progress.checkpoint_epoch
+        # The first record tells of the checkpoint that the run continues from.
+        if self._progress and kept is not None and kept != self._progress.checkpoint_epoch:
+            say(self._console, f"checkpoint after epoch {kept} is complete")
         self._progress = progress
 
-    def trained(self, metrics: Metrics) -> None:
-        say(self._console, epoch_line(metrics, self._epochs, self._progress))
+    def trained(self, metrics: Metrics, progress: Progress | None) -> None:
+        say(self._console, epoch_line(metrics, self._epochs, progress))
 
     def evaluated(self, evaluation: Evaluation) -> None:
         say(self._console, evaluation_line(evaluation))
@@ -71,13 +72,13 @@ class LiveWatcher:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(
-            console=console, get_renderable=self._view, refresh_per_second=4, transient=True
-        )
         self._name = ""
         self._epochs = 0
         self._progress: Progress | None = None
         self._metrics: list[Metrics] = []
+        self._live = Live(
+            console=console, get_renderable=self._view, refresh_per_second=4, transient=True
+        )
 
     def began(self, job: TempFlowGRPOJob, folder: Path, earlier: Sequence[Metrics]) -> None:
         self._name, self._epochs = job.metadata.name, job.spec.algorithm.epochs
@@ -88,7 +89,7 @@ class LiveWatcher:
     def progressed(self, progress: Progress) -> None:
         self._progress = progress
 
-    def trained(self, metrics: Metrics) -> None:
+    def trained(self, metrics: Metrics, progress: Progress | None) -> None:
         self._metrics.append(metrics)
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -152,10 +153,8 @@ def evaluation_line(evaluation: Evaluation) -> str:
     figures = [f"{name} {number(value.mean)}" for name, value in evaluation.rewards.items()]
     if evaluation.diversity is not None:
         figures.append(f"diversity {number(evaluation.diversity)}")
-    return (
-        f"evaluation after epoch {evaluation.epoch}: reward {number(evaluation.reward)}"
-        f" ({', '.join(figures)})"
-    )
+    line = f"evaluation after epoch {evaluation.epoch}: reward {number(evaluation.reward)}"
+    return f"{line} ({', '.join(figures)})" if figures else line
 
 
 def summary_lines(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> list[str]:
@@ -178,7 +177,7 @@ def summary_lines(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> list[
     ]
     if summary.peak_memory_bytes is not None:
         rows.append(("peak memory", size(summary.peak_memory_bytes)))
-    rows.append(("result", summary.result))
+    rows.append(("result", summary.result or "none"))
     if (folder / layout.GRIDS).is_dir():
         rows.append(("pictures", str(folder / layout.GRIDS)))
     width = max(len(label) for label, _ in rows)
@@ -190,7 +189,8 @@ def summary_lines(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> list[
 def sample_command(job: TempFlowGRPOJob, folder: Path) -> str:
     """The command that draws with the result of a run."""
     prompt = job.spec.data.prompts[0] if job.spec.data.prompts else "YOUR PROMPT"
-    return f'tempflow sample {shlex.quote(str(folder))} --prompt "{prompt}" --out grid.png'
+    words = ["tempflow", "sample", str(folder), "--prompt", prompt, "--out", "grid.png"]
+    return shlex.join(words)
 
 
 def ending(outcome: Outcome, again: str) -> list[str]:

@@ -29,9 +29,8 @@ def sample(
         raise Refused(f"there is no folder {source}: expects that of a run, checkpoint or result")
     if out.is_dir() or not out.resolve().parent.is_dir():
         raise Refused(f"cannot write the picture {out}: its folder must exist")
-    arguments = [str(source)]
-    for prompt in prompts:
-        arguments += ["--prompt", prompt]
-    arguments += ["--count", str(count), "--seed", str(seed), "--out", str(out)]
+    # As one word each: a prompt may begin with a dash.
+    arguments = [f"--from={source}", *(f"--prompt={prompt}" for prompt in prompts)]
+    arguments += [f"--count={count}", f"--seed={seed}", f"--out={out}"]
     arguments += ["--base"] if base else []
     return subprocess.run([*command, *arguments], check=False).returncode

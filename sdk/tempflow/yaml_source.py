@@ -20,7 +20,7 @@ Path = tuple[str | int, ...]
 """Keys and positions from the root to a value."""
 
 # More values than any job has; stops an alias bomb before memory does.
-_MAX_VALUES = 100_000
+_MAX_VALUES = 20_000
 
 _PLAIN_KEY = re.compile(r"^[A-Za-z_<][\w<-]*$")
 
@@ -97,7 +97,7 @@ def parse(text: str) -> Source:
     try:
         documents = [n for n in yaml.compose_all(text, _Loader) if not _is_empty(n)]
     except yaml.YAMLError as error:
-        line, message = _syntax(error)
+        line, message = _syntax(error, text)
         source.complain((), message, line)
         return source
     except RecursionError:
@@ -124,7 +124,7 @@ def _is_empty(node: yaml.Node | None) -> bool:
     return node is None or (node.tag == f"{_TAG}null" and node.value == "")
 
 
-def _syntax(error: yaml.YAMLError) -> tuple[int | None, str]:
+def _syntax(error: yaml.YAMLError, text: str) -> tuple[int | None, str]:
     """Line and message of what the parser did not understand."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
@@ -135,7 +135,8 @@ def _syntax(error: yaml.YAMLError) -> tuple[int | None, str]:
         context = f" ({error.context})" if error.context else ""
         return line, f"is not valid YAML: {problem}{context}"
     if isinstance(error, yaml.reader.ReaderError):
-        return None, f"has a character that YAML does not allow: {error.character!r}"
+        line = text.count("\n", 0, error.position) + 1
+        return line, f"has a character that YAML does not allow: {text[error.position]!r}"
     return None, f"is not valid YAML: {error}"
 
 

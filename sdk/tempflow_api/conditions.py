@@ -51,7 +51,8 @@ CONDITION_MEANINGS: dict[ConditionType, str] = {
     ConditionType.CHECKPOINTED: "True once a complete checkpoint is known.",
     ConditionType.SUCCEEDED: "True when all epochs are trained and the result is stored.",
     ConditionType.FAILED: "True when no further attempt will be made.",
-    ConditionType.FINISHED: "True on either end: what a script waits for.",
+    ConditionType.FINISHED: "True on either end, once no pod is left that may still run: what a "
+    "script waits for.",
 }
 
 REASON_MEANINGS: dict[Reason, str] = {

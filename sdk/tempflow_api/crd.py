@@ -129,7 +129,7 @@ def cross_field_rules() -> list[Schema]:
 _SUSPENDED = "self.runPolicy.suspend || oldSelf.runPolicy.suspend"
 _MESSAGES = {
     Mutability.IMMUTABLE: "is fixed once the job exists: it decides what is learned. Create "
-    "another job, or start it from this one's checkpoint",
+    "another job",
     Mutability.WHILE_SUSPENDED: "changes only while the job is suspended: set "
     "runPolicy.suspend to true in this update or before it",
 }

@@ -1,0 +1,146 @@
+"""For every rule across fields a manifest that breaks it.
+
+Plain data, so that the API server's version of the rules can be run over the same table.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from tempflow_api.rules import RULES, Rule
+
+VALID: dict[str, Any] = {
+    "apiVersion": "tempflow.dev/v1alpha1",
+    "kind": "TempFlowGRPOJob",
+    "metadata": {"name": "demo"},
+    "spec": {
+        "model": {
+            "family": "digits",
+            "source": "builtin:digits",
+            "tuning": "lora",
+            "lora": {"rank": 8},
+        },
+        "data": {"prompts": ["a three", "a four"]},
+        "sampling": {"steps": 10, "width": 14, "height": 14},
+        "algorithm": {
+            "promptsPerEpoch": 4,
+            "seedsPerPrompt": 2,
+            "branchesPerSeed": 6,
+            "updatesPerEpoch": 1,
+        },
+        "rewards": [{"name": "digit-ink", "weight": 1.0}],
+        "compute": {"device": "cpu"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Breaker:
+    """Fields to set in the valid manifest, by path below ``spec``; None removes one."""
+
+    name: str
+    rule: int
+    """Position in ``RULES``."""
+    fields: dict[str, Any]
+    also: frozenset[int] = field(default_factory=frozenset)
+    """Rules that cannot but break with it."""
+
+    def manifest(self) -> dict[str, Any]:
+        """The broken manifest."""
+        broken = copy.deepcopy(VALID)
+        for path, value in self.fields.items():
+            *parents, last = path.split(".")
+            block = broken["spec"]
+            for parent in parents:
+                block = block.setdefault(parent, {})
+            if value is None:
+                del block[last]
+            else:
+                block[last] = value
+        return broken
+
+
+def _position(start: str, path: str) -> int:
+    """Of the one rule at ``path`` whose message begins so."""
+    found = [i for i, r in enumerate(RULES) if r.path == path and r.message.startswith(start)]
+    assert len(found) == 1, (start, path, found)
+    return found[0]
+
+
+_LORA = _position("belongs to tuning", "spec.model.lora")
+_BUILTIN = _position("the only built-in", "spec.model.source")
+_PROMPTS = _position("exactly one", "spec.data")
+_SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
+_FOURTEEN = _position("the digits family", "spec.sampling.width")
+_LAST_STEP = _position("each is less", "spec.algorithm.branchSteps")
+_STEP_TWICE = _position("no step", "spec.algorithm.branchSteps")
+_NO_BRANCHES = _position("is 1 with", "spec.algorithm.branchesPerSeed")
+_PROMPT_SCOPE = _position("is prompt with", "spec.algorithm.advantage.scope")
+_TWO_DRAWS = _position("a group needs", "spec.algorithm.branchesPerSeed")
+_EQUAL_SHARES = _position("divides", "spec.algorithm.updatesPerEpoch")
+_IDLE = _position("more processes", "spec.compute.processesPerNode")
+_NO_WEIGHT = _position("at least one reward", "spec.rewards")
+_REWARD_TWICE = _position("no reward is listed", "spec.rewards")
+_SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
+
+_SD3 = {"model.family": "sd3", "model.source": "owner/name"}
+
+BREAKERS = (
+    Breaker("lora with full tuning", _LORA, {"model.tuning": "full"}),
+    Breaker("no lora with lora tuning", _LORA, {"model.lora": None}),
+    Breaker("another built-in", _BUILTIN, {"model.source": "builtin:faces"}),
+    Breaker(
+        "built-in of another family",
+        _BUILTIN,
+        {"model.family": "sd3", "sampling.width": 64, "sampling.height": 64},
+    ),
+    Breaker("no prompts", _PROMPTS, {"data.prompts": None}),
+    Breaker("both kinds of prompts", _PROMPTS, {"data.promptsFile": "prompts.txt"}),
+    Breaker("odd width", _SIXTEEN, {**_SD3, "sampling.width": 500, "sampling.height": 512}),
+    Breaker("odd height", _SIXTEEN, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
+    Breaker("large digits", _FOURTEEN, {"sampling.width": 28, "sampling.height": 28}),
+    Breaker("high digits", _FOURTEEN, {"sampling.height": 28}),
+    Breaker("last step", _LAST_STEP, {"algorithm.branchSteps": [0, 9]}),
+    Breaker("step twice", _STEP_TWICE, {"algorithm.branchSteps": [3, 0, 3]}),
+    Breaker(
+        "branches with flow-grpo",
+        _NO_BRANCHES,
+        {"algorithm.method": "flow-grpo", "algorithm.advantage": {"scope": "prompt"}},
+    ),
+    Breaker(
+        "seed scope with flow-grpo",
+        _PROMPT_SCOPE,
+        {"algorithm.method": "flow-grpo", "algorithm.branchesPerSeed": 1},
+        # A seed has one draw with flow-grpo.
+        also=frozenset({_TWO_DRAWS}),
+    ),
+    Breaker("one draw a seed", _TWO_DRAWS, {"algorithm.branchesPerSeed": 1}),
+    Breaker(
+        "one draw a prompt",
+        _TWO_DRAWS,
+        {
+            "algorithm.branchesPerSeed": 1,
+            "algorithm.seedsPerPrompt": 1,
+            "algorithm.advantage": {"scope": "prompt"},
+        },
+    ),
+    Breaker("unequal shares", _EQUAL_SHARES, {"algorithm.updatesPerEpoch": 3}),
+    Breaker("too many processes", _IDLE, {"compute.processesPerNode": 9}),
+    Breaker(
+        "nothing to learn from", _NO_WEIGHT, {"rewards": [{"name": "digit-ink", "weight": 0.0}]}
+    ),
+    Breaker(
+        "reward twice", _REWARD_TWICE, {"rewards": [{"name": "digit-ink"}, {"name": "digit-ink"}]}
+    ),
+    Breaker("nodes without store", _SHARED_STORE, {"compute.nodes": 2}),
+    Breaker(
+        "nodes with a folder",
+        _SHARED_STORE,
+        {"compute.nodes": 2, "checkpoint": {"uri": "/mnt/runs"}},
+    ),
+)
+
+
+def rule_of(breaker: Breaker) -> Rule:
+    """The rule that a breaker is for."""
+    return RULES[breaker.rule]

@@ -1,0 +1,216 @@
+"""Checkpoints listed and pulled, from a folder and from S3 over HTTP."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tempflow import checkpoints
+from tempflow.checkpoints import Store, choose, open_store, pull, steps
+from tempflow.refused import Refused
+from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
+from tests.unit.sdk import stored_runs
+
+NEWEST = "checkpoints/step-0000000020-attempt-000001"
+
+Put = Callable[[str, bytes | None], None]
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client = boto3.resource("s3", endpoint_url=s3_endpoint, region_name="us-east-1")
+    made = client.create_bucket(Bucket="bucket")
+    yield made
+    made.objects.all().delete()
+    made.delete()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Put]:
+    """A stored run, and a function that writes (or, given None, deletes) a file of it."""
+    if request.param == "folder":
+
+        def put(path: str, content: bytes | None) -> None:
+            target = tmp_path / "runs/demo" / path
+            if content is None:
+                target.unlink()
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+
+        store = open_store(str(tmp_path / "runs/demo"))
+    else:
+        endpoint = request.getfixturevalue("s3_endpoint")
+        bucket = request.getfixturevalue("bucket")
+
+        def put(path: str, content: bytes | None) -> None:
+            entry = bucket.Object(f"runs/demo/{path}")
+            if content is None:
+                entry.delete()
+            else:
+                entry.put(Body=content)
+
+        store = open_store("s3://bucket/runs/demo", endpoint)
+    for path, content in stored_runs.run().items():
+        put(path, content)
+    return store, put
+
+
+def test_complete_steps_are_listed_oldest_first(stored: tuple[Store, Put]) -> None:
+    found = steps(stored[0])
+    assert [(step.step, step.attempt) for step in found] == [(10, 0), (20, 0), (20, 1)]
+    assert {step.result for step in found} == {"adapter"}
+    assert {step.size for step in found} == {7000 + 3500}
+
+
+def test_what_another_writer_adds_is_seen_at_once(stored: tuple[Store, Put]) -> None:
+    store, put = stored
+    steps(store)
+    for path, content in stored_runs.checkpoint(40).items():
+        put(path, content)
+    assert steps(store)[-1].step == 40
+
+
+def test_a_checkpoint_without_manifest_does_not_exist(stored: tuple[Store, Put]) -> None:
+    store, put = stored
+    put(f"{NEWEST}/MANIFEST.json", None)
+    assert [(step.step, step.attempt) for step in steps(store)] == [(10, 0), (20, 0)]
+
+
+def test_pull_takes_the_newest_whole(stored: tuple[Store, Put], tmp_path: Path) -> None:
+    store, _ = stored
+    seen: list[tuple[int, int]] = []
+    chosen = choose(store, None)
+    assert (chosen.step, chosen.attempt) == (20, 1)
+    pull(store, chosen, tmp_path / "here", lambda done, total: seen.append((done, total)))
+    for path, content in stored_runs.CONTENT.items():
+        assert (tmp_path / "here" / path).read_bytes() == content
+    assert json.loads((tmp_path / "here/MANIFEST.json").read_text())["step"] == 20
+    assert seen[-1] == (10500, 10500)
+    assert seen == sorted(seen)
+
+
+def test_a_step_can_be_chosen(stored: tuple[Store, Put]) -> None:
+    store, _ = stored
+    assert choose(store, 10).step == 10
+    with pytest.raises(
+        Refused, match=r"^no complete checkpoint of step 30 at .*: there are 10, 20"
+    ):
+        choose(store, 30)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"weightz" * 1000, "is damaged: its size or SHA-256 is not the one in MANIFEST.json"),
+        (b"weights", "is damaged: its size or SHA-256 is not the one in MANIFEST.json"),
+        (None, "is missing: choose another --step"),
+    ],
+    ids=["flipped", "truncated", "deleted"],
+)
+def test_damage_leaves_nothing_here(
+    stored: tuple[Store, Put], tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    store, put = stored
+    put(f"{NEWEST}/adapter/pytorch_lora_weights.safetensors", content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointCorrupt, match=message):
+        pull(store, choose(store, None), tmp_path / "out/here")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_manifest_that_is_no_manifest(stored: tuple[Store, Put], tmp_path: Path) -> None:
+    store, put = stored
+    put(f"{NEWEST}/MANIFEST.json", b'{"format": 1}')
+    assert steps(store)[-1].manifest is None
+    with pytest.raises(CheckpointCorrupt, match=r"MANIFEST\.json cannot be understood"):
+        pull(store, choose(store, None), tmp_path / "here")
+
+
+def test_a_manifest_cannot_reach_outside(stored: tuple[Store, Put], tmp_path: Path) -> None:
+    store, put = stored
+    manifest = json.loads(stored_runs.checkpoint(20, 1)[f"{NEWEST}/MANIFEST.json"])
+    manifest["files"][0]["path"] = "a/../../outside"
+    put(f"{NEWEST}/MANIFEST.json", json.dumps(manifest).encode())
+    with pytest.raises(CheckpointCorrupt, match="names a file outside of itself"):
+        pull(store, choose(store, None), tmp_path / "here")
+
+
+def test_a_folder_that_exists_is_not_touched(stored: tuple[Store, Put], tmp_path: Path) -> None:
+    store, _ = stored
+    (tmp_path / "here").mkdir()
+    with pytest.raises(Refused, match="exists: choose another folder with --to"):
+        pull(store, choose(store, None), tmp_path / "here")
+
+
+def test_a_folder_that_cannot_be_written(stored: tuple[Store, Put], tmp_path: Path) -> None:
+    store, _ = stored
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match=r"^cannot write .*: not a directory$"):
+        pull(store, choose(store, None), tmp_path / "file/here")
+
+
+def test_no_run(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "nothing"))
+    assert steps(store) == []
+    with pytest.raises(StoreUnavailable, match=r"^no complete checkpoint at .*/nothing: expects"):
+        choose(store, None)
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/", "file://{}", "{}/checkpoints", "{}/checkpoints/"])
+def test_a_folder_can_be_given_in_several_ways(form: str, tmp_path: Path) -> None:
+    assert open_store(form.format(tmp_path)).root == str(tmp_path)
+
+
+def test_an_address_of_another_kind() -> None:
+    with pytest.raises(Refused, match=r"^got gs://b/p: expects a folder, file:///folder or s3://"):
+        open_store("gs://b/p")
+
+
+def test_the_folder_to_pull_to_is_named_after_the_run(stored: tuple[Store, Put]) -> None:
+    target = checkpoints.default_target(stored[0], choose(stored[0], 10))
+    assert str(target) == "demo-step-10"
+
+
+class TestS3:
+    def test_a_missing_bucket_is_named_and_not_made(self, s3_endpoint: str, bucket: Any) -> None:
+        store = open_store("s3://no-such-bucket/demo", s3_endpoint)
+        with pytest.raises(StoreUnavailable, match=r"no-such-bucket/demo: .* does not exist$"):
+            choose(store, None)
+        client = bucket.meta.client
+        assert [b["Name"] for b in client.list_buckets()["Buckets"]] == ["bucket"]
+
+    @pytest.mark.usefixtures("bucket")
+    def test_a_store_that_is_not_there(self) -> None:
+        store = open_store("s3://bucket/demo", "http://127.0.0.1:9")
+        with pytest.raises(StoreUnavailable, match=r"^cannot read s3://bucket/demo: Could not"):
+            steps(store)
+
+    def test_without_credentials(
+        self, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        store = open_store("s3://bucket/demo", s3_endpoint)
+        with pytest.raises(StoreUnavailable, match="credentials"):
+            steps(store)

@@ -1,0 +1,95 @@
+"""The manifests that `tempflow init` writes."""
+
+from pathlib import Path
+
+import pytest
+
+from tempflow.manifest import parse_text
+from tempflow.presets import Preset, all_presets, listing, preset, write
+from tempflow.refused import Refused
+
+PRESETS = all_presets()
+
+
+def test_the_one_that_runs_anywhere_stands_first() -> None:
+    names = [preset.name for preset in PRESETS]
+    assert names[0] == "digits"
+    assert {
+        "sd35m-pickscore",
+        "sd35m-geneval",
+        "flux-hpsv3",
+        "qwen-image-pickscore",
+        "sd35m-flow-grpo",
+        "flux-flow-grpo",
+    } < set(names)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+class TestEach:
+    def test_is_valid_and_named_after_itself(self, preset: Preset) -> None:
+        assert parse_text(preset.text, preset.name).job.metadata.name == preset.name
+
+    def test_says_what_it_trains_and_on_what(self, preset: Preset) -> None:
+        assert len(preset.summary) > 30
+        assert preset.hardware
+
+    def test_fits_the_width_of_a_page(self, preset: Preset) -> None:
+        assert [line for line in preset.text.splitlines() if len(line) > 100] == []
+
+    def test_gives_reasons(self, preset: Preset) -> None:
+        spec = preset.text.partition("spec:")[2].splitlines()
+        assert sum(line.strip().startswith("#") for line in spec) >= 10
+
+
+def test_the_digits_preset_needs_nothing_but_a_processor() -> None:
+    spec = parse_text(preset("digits").text, "digits").job.spec
+    assert (spec.compute.device, spec.compute.nodes) == ("cpu", 1)
+    assert spec.model.source == "builtin:digits"
+    assert spec.checkpoint.uri is None
+    assert any(reward.weight == 0 for reward in spec.rewards)
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds", "branches", "kl", "noise"),
+    [
+        ("sd35m-pickscore", 4, 6, 0.001, 0.7),
+        ("sd35m-geneval", 4, 6, 0.004, 0.7),
+        ("flux-hpsv3", 4, 6, 0.004, 0.9),
+        ("qwen-image-pickscore", 4, 6, 0.0, 1.2),
+        ("sd35m-flow-grpo", 24, 1, 0.001, 0.7),
+        ("flux-flow-grpo", 24, 1, 0.0, 0.9),
+    ],
+)
+def test_the_papers_numbers(name: str, seeds: int, branches: int, kl: float, noise: float) -> None:
+    spec = parse_text(preset(name).text, name).job.spec
+    algorithm = spec.algorithm
+    assert (algorithm.seeds_per_prompt, algorithm.branches_per_seed) == (seeds, branches)
+    assert (algorithm.prompts_per_epoch, algorithm.updates_per_epoch) == (48, 2)
+    assert (algorithm.kl_coefficient, algorithm.clip_range) == (kl, 1e-4)
+    assert spec.sampling.noise_level == noise
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(Refused, match=r"^no preset 'digts'; did you mean 'digits'\?$"):
+        preset("digts")
+    with pytest.raises(Refused, match=r"^no preset 'zzz': expects digits, flux-flow-grpo, "):
+        preset("zzz")
+
+
+def test_the_list_names_each() -> None:
+    assert [line for line in listing() if not line.startswith(" ")] == [p.name for p in PRESETS]
+
+
+def test_a_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    target = tmp_path / "job.yaml"
+    target.write_text("mine")
+    with pytest.raises(Refused, match="exists: choose another with -o, or overwrite with --force"):
+        write(preset("digits"), target, overwrite=False)
+    assert target.read_text() == "mine"
+    write(preset("digits"), target, overwrite=True)
+    assert target.read_text() == preset("digits").text
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no such file or directory"):
+        write(preset("digits"), tmp_path / "no" / "job.yaml", overwrite=False)
