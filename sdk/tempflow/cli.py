@@ -105,7 +105,10 @@ def init(
 def validate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="- for stdin.")],
     overrides: _Set = None,
-    output: _Output = "text",
+    output: Annotated[
+        Literal["text", "json", "yaml"],
+        typer.Option("--output", "-o", help="yaml prints the job with its overrides applied."),
+    ] = "text",
 ) -> None:
     """Check manifests, and show every problem with its line.
 
@@ -113,6 +116,7 @@ def validate(
     Examples:
       tempflow validate job.yaml
       tempflow validate job.yaml --set spec.sampling.steps=20
+      tempflow validate job.yaml --set spec.compute.nodes=2 -o yaml | kubectl apply -f -
       kubectl get tfgrpo my-job -o yaml | tempflow validate -
     """
     from tempflow import manifest, verdict
@@ -120,9 +124,12 @@ def validate(
     verdicts = [verdict.judge(manifest.read, file, overrides or ()) for file in files]
     if output == "json":
         typer.echo(verdict.as_json(verdicts))
-    else:
+    elif output == "yaml":
+        typer.echo(verdict.as_yaml(verdicts), nl=False)
+    if output != "json":
         for one in verdicts:
-            typer.echo("\n".join(one.lines()), err=not one.valid)
+            if output == "text" or not one.valid:
+                typer.echo("\n".join(one.lines()), err=not one.valid)
     if not all(one.valid for one in verdicts):
         raise typer.Exit(ExitCode.INVALID)
 

@@ -24,10 +24,11 @@ from typing import Protocol
 
 from tempflow.manifest import Manifest
 from tempflow.processes import StopRequests, kill_tree
-from tempflow.record import Evaluation, Metrics, Record, Summary
+from tempflow.record import Record
 from tempflow.refused import Refused
 from tempflow_api import naming
 from tempflow_api.errors import ExitCode, Problem, StoreUnavailable
+from tempflow_api.record import Evaluation, Metrics, Summary
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 

@@ -7,89 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.status import Observed, Progress
+from tempflow_api.record import Evaluation, Metrics, Summary
+from tempflow_api.status import Progress
 
 _Line = TypeVar("_Line", bound=BaseModel)
-
-
-class EpochSeconds(Observed):
-    """Wall time of one epoch."""
-
-    rollout: float = 0.0
-    scoring: float = 0.0
-    update: float = 0.0
-
-
-class Metrics(Observed):
-    """One epoch, a line of ``metrics.jsonl``."""
-
-    epoch: int
-    """Epochs completed."""
-    reward: float
-    reward_std: float = 0.0
-    rewards: dict[str, float] = Field(default_factory=dict)
-    advantage_zero_share: float = 0.0
-    loss: float = 0.0
-    kl: float | None = None
-    ratio_clipped_share: float = 0.0
-    grad_norm: float = 0.0
-    images_per_second: float | None = None
-    seconds: EpochSeconds = EpochSeconds()
-
-
-class Spread(Observed):
-    """A mean and the standard deviation around it."""
-
-    mean: float
-    std: float = 0.0
-
-
-class Evaluation(Observed):
-    """One evaluation, a line of ``evaluations.jsonl``."""
-
-    epoch: int
-    rewards: dict[str, Spread] = Field(default_factory=dict)
-    reward: float
-    diversity: float | None = None
-    images: int = 0
-    grid: str | None = None
-
-
-class BeforeAfter(Observed):
-    """A figure of the model as it was, and as it is."""
-
-    before: float
-    after: float
-
-
-class PhaseSeconds(EpochSeconds):
-    """Wall time of a run."""
-
-    total: float = 0.0
-    evaluation: float = 0.0
-    checkpoint: float = 0.0
-
-
-class Summary(Observed):
-    """What a run did, ``summary.json``."""
-
-    epochs: int
-    reward_before: Spread
-    reward_after: Spread
-    rewards: dict[str, BeforeAfter] = Field(default_factory=dict)
-    diversity: BeforeAfter | None = None
-    evaluations: int = 0
-    """Of the network, over all phases."""
-    images: int = 0
-    """Drawn and scored."""
-    seconds: PhaseSeconds = PhaseSeconds()
-    peak_memory_bytes: int | None = None
-    result: str | None = None
-    """The folder with ``adapter`` or ``transformer``."""
-    checkpoint: str | None = None
 
 
 class Record:

@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tempflow.local import LOG_FILE, Outcome, Watcher
-from tempflow.record import Evaluation, Metrics, Record, Summary
+from tempflow.record import Record
 from tempflow.wording import duration, number, size, sparkline, spread
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import ExitCode
+from tempflow_api.record import Evaluation, Metrics, Summary
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 
@@ -141,8 +142,7 @@ def epoch_line(metrics: Metrics, epochs: int, progress: Progress | None) -> str:
         f"epoch {metrics.epoch:>{width}}/{epochs}  "
         f"reward {number(metrics.reward)} ± {number(metrics.reward_std)}"
     )
-    if metrics.images_per_second is not None:
-        line += f"  {metrics.images_per_second:.0f} images/s"
+    line += f"  {metrics.images_per_second:.0f} images/s"
     if progress and progress.eta_seconds is not None:
         line += f"  {duration(progress.eta_seconds)} left"
     return line
@@ -175,9 +175,8 @@ def summary_lines(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> list[
         ("work", f"{summary.evaluations:,} network evaluations, {summary.images:,} images scored"),
         ("time", f"{duration(seconds.total)}: {spent}"),
     ]
-    if summary.peak_memory_bytes is not None:
-        rows.append(("peak memory", size(summary.peak_memory_bytes)))
-    rows.append(("result", summary.result or "none"))
+    rows.append(("peak memory", size(summary.peak_memory_bytes)))
+    rows.append(("result", summary.result))
     if (folder / layout.GRIDS).is_dir():
         rows.append(("pictures", str(folder / layout.GRIDS)))
     width = max(len(label) for label, _ in rows)

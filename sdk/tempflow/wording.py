@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from tempflow.record import Spread
+from tempflow_api.record import Spread
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 

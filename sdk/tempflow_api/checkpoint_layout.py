@@ -18,7 +18,7 @@ A folder is written once and never changed; the step counts completed epochs.
 import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tempflow_api.base import Section
 
@@ -46,6 +46,13 @@ class StoredFile(Section):
     """Below the checkpoint's folder."""
     size: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        if ".." in path.split("/"):
+            raise ValueError("leads out of the checkpoint's folder")
+        return path
 
 
 class CheckpointManifest(Section):

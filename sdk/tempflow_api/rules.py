@@ -27,7 +27,8 @@ def _branch_steps_inside(spec: JobSpec) -> bool:
 
 def _draws_to_compare(spec: JobSpec) -> bool:
     algorithm = spec.algorithm
-    seeds = algorithm.seeds_per_prompt if algorithm.advantage.scope == "prompt" else 1
+    by_prompt = algorithm.advantage.scope == "prompt" or algorithm.method == "flow-grpo"
+    seeds = algorithm.seeds_per_prompt if by_prompt else 1
     return seeds * algorithm.branches_per_seed >= 2
 
 
@@ -112,7 +113,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "spec.algorithm.branchesPerSeed",
-        "(self.algorithm.advantage.scope == 'prompt' ? self.algorithm.seedsPerPrompt : 1) "
+        "(self.algorithm.advantage.scope == 'prompt' || self.algorithm.method == 'flow-grpo' "
+        "? self.algorithm.seedsPerPrompt : 1) "
         "* self.algorithm.branchesPerSeed >= 2",
         "a group needs two draws to compare: branchesPerSeed (times seedsPerPrompt with scope "
         "prompt) is at least 2",

@@ -26,7 +26,7 @@ DNS_SERVICE_ADDRESS = "10.201.100.10"
 POD_BRIDGE = "tempflow-pods"
 CLUSTER_DOMAIN = "cluster.local"
 
-# On loopback, away from the usual ports, so that a developer's own etcd or cluster is not in the way.
+# On loopback, away from the usual ports: a developer's own etcd or cluster is not in the way.
 LOOPBACK = "127.0.0.1"
 ETCD_PORT = 12379
 ETCD_PEER_PORT = 12380

@@ -8,7 +8,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,15 +28,13 @@ class Process:
     def alive(self) -> bool:
         """Whether this very process still runs; a zombie has ended."""
         status = _status(self.pid)
-        return status is not None and status == ("running", self.start_ticks)
+        return status is not None and not status.ended and status.start_ticks == self.start_ticks
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, unless the process is gone or its pid belongs to another by now."""
         if self.alive():
-            try:
+            with suppress(ProcessLookupError):  # it ended between the look and the signal
                 os.kill(self.pid, number)
-            except ProcessLookupError:
-                pass  # it ended between the look and the signal
 
     def end(self, *, grace_seconds: float) -> None:
         """SIGTERM, then SIGKILL once the grace is over; returns when the process is gone."""
@@ -50,10 +49,9 @@ class Process:
         wait_for(f"end of process {self.pid}", self._gone, deadline_seconds=30, poll_seconds=0.02)
 
     def _gone(self) -> bool:
-        try:  # reap it if it is a child of ours, as it is when pytest started the cluster
+        # A child of ours, as it is when pytest started the cluster, has to be reaped.
+        with suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
         return not self.alive()
 
 
@@ -102,7 +100,6 @@ class Ledger:
         command: Sequence[str | Path],
         *,
         namespace: str | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> Process:
         """Start a daemon, in a network namespace if named, and record it."""
         self.state.logs.mkdir(parents=True, exist_ok=True)
@@ -115,14 +112,14 @@ class Ledger:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(environment or {}), MARK: str(self.state.root)},
+                env={**os.environ, MARK: str(self.state.root)},
             )
         status = _status(child.pid)
         if status is None:
             raise ClusterError(f"{name} ended at once: {self.last_line(name)}")
         # The daemon outlives this object on purpose; without this, Popen's finaliser complains.
         child.returncode = 0
-        process = self.daemons[name] = Process(child.pid, status[1])
+        process = self.daemons[name] = Process(child.pid, status.start_ticks)
         self.write()
         return process
 
@@ -151,27 +148,51 @@ class Ledger:
 
 
 def marked(state: StateFolder) -> Iterator[Process]:
-    """Every process that carries this state folder's mark, recorded or not, but for this one."""
+    """Every process that carries this state folder's mark, recorded or not, but for this one.
+
+    And their children: those of a containerd shim are the first processes of containers.
+    """
+    with_mark = set(_marked_pids(state))
+    for pid, status in _statuses():
+        if pid in with_mark or status.parent in with_mark:
+            yield Process(pid, status.start_ticks)
+
+
+def _marked_pids(state: StateFolder) -> Iterator[int]:
     wanted = f"{MARK}={state.root}".encode()
+    for pid, _ in _statuses():
+        with suppress(OSError):  # it has ended meanwhile
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if wanted in environment and pid != os.getpid():
+                yield pid
+
+
+@dataclass(frozen=True)
+class _Status:
+    """What /proc says of a process."""
+
+    ended: bool  # a zombie has
+    parent: int
+    start_ticks: int
+
+
+def _statuses() -> Iterator[tuple[int, _Status]]:
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal() or int(folder.name) == os.getpid():
-            continue
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it has ended meanwhile
-        status = _status(int(folder.name))
-        if wanted in environment and status is not None:
-            yield Process(int(folder.name), status[1])
+        if folder.name.isdecimal():
+            status = _status(int(folder.name))
+            if status is not None:
+                yield int(folder.name), status
 
 
-def _status(pid: int) -> tuple[str, int] | None:
-    """("running" or "ended", start time) of a pid, or None when there is no such process."""
+def _status(pid: int) -> _Status | None:
+    """The status of a pid, or None when there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name in parentheses may hold spaces: count from the last parenthesis. The state is field 3
-    # of proc(5), the start time field 22.
+    # The name in parentheses may hold spaces: count from the last parenthesis, where field 3 of
+    # proc(5) comes first, the state; then 4 the parent, 20 the threads, 22 the start time.
     fields = text.rpartition(")")[2].split()
-    return ("ended" if fields[0] in "ZX" else "running"), int(fields[19])
+    # A killed process is a zombie before its last threads have ended, and these hold its ports.
+    ended = fields[0] in "ZX" and int(fields[17]) <= 1
+    return _Status(ended, int(fields[1]), int(fields[19]))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -93,7 +94,7 @@ class Checkpoints:
         try:
             _stage(local, state, export)
             return self._commit(local, state.epochs_done)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise StoreUnavailable(f"cannot stage a checkpoint in {local}: {error}") from error
         finally:
             shutil.rmtree(local, ignore_errors=True)

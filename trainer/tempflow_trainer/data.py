@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
+from botocore.exceptions import BotoCoreError
 
 from tempflow_api.errors import ManifestInvalid, Problem
 from tempflow_api.v1alpha1 import JobSpec
@@ -76,7 +77,8 @@ def load_prompts(spec: JobSpec) -> list[Prompt]:
     if spec.data.prompts is not None:
         return [Prompt(i, text, {}) for i, text in enumerate(spec.data.prompts)]
     source = str(spec.data.prompts_file)
-    lines = _read(source).splitlines()
+    # Not splitlines: to Python some characters inside a prompt end a line too.
+    lines = _read(source).split("\n")
     parse = _parse_json if source.endswith(".jsonl") else _parse_text
     found = [parse(source, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
@@ -90,7 +92,7 @@ def _read(source: str) -> str:
             return Path(source).read_text(encoding="utf-8")
         with fsspec.open(source, "rt", encoding="utf-8") as file:
             return str(file.read())
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, BotoCoreError) as error:
         raise _invalid(source, f"cannot be read: {error}", None) from error
 
 

@@ -27,7 +27,7 @@ class Evaluation:
     """By reward, held-out ones too, [N]."""
     total: Tensor
     """The trained reward, [N]."""
-    diversity: float
+    diversity: float | None
     images_PM3HW: Tensor
     """Prompts x images a prompt, as 8-bit numbers."""
 
@@ -84,15 +84,17 @@ class Evaluator:
         return torch.cat(images)
 
 
-def diversity(images_PM3HW: Tensor) -> float:
+def diversity(images_PM3HW: Tensor) -> float | None:
     """Root-mean-square pixel distance of two images of the same prompt, averaged over pairs and
     prompts, in units of the full range. It falls when a model draws the same image again and
-    again, whatever the reward says."""
+    again, whatever the reward says. None with one image a prompt."""
     prompts, count = images_PM3HW.shape[:2]
     if count < 2:
-        return math.nan
+        return None
     flat = images_PM3HW.float().div(255).reshape(prompts, count, -1)
-    distances = torch.cdist(flat, flat) / math.sqrt(flat.shape[-1])
+    # Not by a matrix product, which for many images finds equal ones to be apart.
+    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    distances /= math.sqrt(flat.shape[-1])
     return float(distances.sum(dim=(1, 2)).mean() / (count * (count - 1)))
 
 

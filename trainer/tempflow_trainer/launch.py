@@ -16,6 +16,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -168,9 +169,9 @@ def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[in
         return ExitCode.DONE, ""
     first = rendezvous.node_rank * rendezvous.processes
     told = {
-        rank: json.loads(file.read_text())
+        rank: result
         for rank in range(first, first + rendezvous.processes)
-        if (file := results / f"rank-{rank}.json").is_file()
+        if (result := _last_words(results / f"rank-{rank}.json")) is not None
     }
     failed = [told[rank] for rank in sorted(told) if told[rank]["code"] != ExitCode.DONE]
     own = [result for result in failed if result["code"] != ExitCode.RANK_DIED]
@@ -185,6 +186,15 @@ def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[in
     if failed:
         return ExitCode.RANK_DIED, failed[0]["message"]
     return ExitCode.BUG, f"the launcher of the ranks ended with status {status}"
+
+
+def _last_words(file: Path) -> dict[str, Any] | None:
+    """What a rank wrote at its end; None if it wrote nothing, or a full disk cut it off."""
+    try:
+        words: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return words
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ optimizer steps. What differs between models, rewards and variants is in the par
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Run:
             raise Preempted("asked to stop")
 
 
-def run_epoch(run: Run, epoch: int) -> dict[str, object]:
+def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     """One round of rollout, scoring and update; returns its metrics, the same on every rank.
 
     Until the update begins nothing has changed, so an epoch that is stopped before can be
@@ -90,11 +91,14 @@ def run_epoch(run: Run, epoch: int) -> dict[str, object]:
     with run.clock("update"):
         all_rewards_GSK, advantages_GSK, zero_share = _advantages(run, rewards_GSK, groups)
         learned = ex.of_rollouts(rollouts, advantages_GSK, run.plan, run.walker, run.weights_S)
-        if len(shares) > 1:
-            learned = run.objective.with_old_log_probs(
-                learned, run.policy, conditioning, run.rows_per_training_call
-            )
         parts = learned_by_share(learned, shares, len(run.plan.steps))
+        if len(parts) > 1:
+            parts = [
+                run.objective.with_old_log_probs(
+                    part, run.policy, conditioning, run.rows_per_training_call
+                )
+                for part in parts
+            ]
         steps = [update(run, part, conditioning) for part in parts]
     return {
         "reward": float(all_rewards_GSK.mean()),

@@ -1,18 +1,19 @@
 """What a run writes about itself: JSON lines, the progress record, times by phase."""
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from tempflow_api import checkpoint_layout as layout
+from tempflow_api.record import Evaluation, Metrics
 from tempflow_api.status import Progress
 
-Row = dict[str, Any]
-"""One line of a record: JSON values by name."""
+Line = TypeVar("Line", bound=BaseModel)
 
 
 class Stopwatch:
@@ -51,38 +52,28 @@ class Record:
         self.folder = folder
         (folder / layout.GRIDS).mkdir(parents=True, exist_ok=True)
 
-    def append(self, name: str, row: Row) -> None:
+    def append(self, name: str, line: BaseModel) -> None:
         """Add one line to a file of lines."""
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line.model_dump_json(by_alias=True) + "\n")
 
-    def rows(self, name: str) -> list[Row]:
-        """The lines of a file of lines; none if it is not there."""
+    def lines(self, name: str, kind: type[Line]) -> list[Line]:
+        """The whole lines of a file of lines; a kill may have left the last one unfinished."""
         path = self.folder / name
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        return [kind.model_validate_json(line) for line in whole.splitlines()]
 
     def cut_back(self, epoch: int) -> None:
         """Forget what lies after ``epoch``: a run that continues from there writes it again."""
-        for name in (layout.METRICS, layout.EVALUATIONS):
-            kept = [row for row in self._whole_rows(name) if row["epoch"] <= epoch]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            self.write(name, text)
+        metrics = [line for line in self.lines(layout.METRICS, Metrics) if line.epoch <= epoch]
+        self._replace(layout.METRICS, metrics)
+        seen = [line for line in self.lines(layout.EVALUATIONS, Evaluation) if line.epoch <= epoch]
+        self._replace(layout.EVALUATIONS, seen)
 
-    def _whole_rows(self, name: str) -> list[Row]:
-        """Like ``rows``, without a last line that a kill left unfinished."""
-        path = self.folder / name
-        if not path.is_file():
-            return []
-        found = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return found
+    def _replace(self, name: str, lines: Sequence[BaseModel]) -> None:
+        self.write(name, "".join(line.model_dump_json(by_alias=True) + "\n" for line in lines))
 
     def write(self, name: str, text: str) -> None:
         """Replace a file; a reader sees the old or the new one."""

@@ -94,9 +94,7 @@ def main() -> int:
     try:
         folder = find_result(given.source)
         spec = read_spec(folder)
-        model = families.load(
-            spec.model, cache=folder.parent / "models", device=device_of(spec, 0)
-        )
+        model = families.load(spec.model, cache=folder.parent / "models", device=device_of(spec, 0))
         if not given.base:
             load_result(model, folder)
         images = draw(model, spec, given.prompt, count=given.count, seed=given.seed)

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import ConfigChanged, Preempted, TempFlowError, of_code
+from tempflow_api.record import Evaluation as EvaluationLine
+from tempflow_api.record import Metrics, Spread
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
@@ -15,7 +19,7 @@ from tempflow_trainer import checkpoint
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
 from tempflow_trainer.loop import Run, run_epoch
-from tempflow_trainer.metrics import Record, Row, now
+from tempflow_trainer.metrics import Record, now
 from tempflow_trainer.summary import summarise
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,7 @@ class Session:
     images: int = 0
     earlier: dict[str, float] = field(default_factory=dict)
     """Totals of the processes before this one."""
-    last: Row = field(default_factory=dict)
+    last: Metrics | None = None
 
     def train(self) -> None:
         """Run what is left to do.
@@ -71,27 +75,28 @@ class Session:
         images = self._images_per_epoch()
         self.images += images
         seconds = self.run.clock.since(before)
-        self.last = {
-            "epoch": self.epochs_done,
-            "time": now(),
-            **metrics,
-            "images": images,
-            "imagesPerSecond": images / max(sum(seconds.values()), 1e-9),
-            "seconds": seconds,
-            "evaluations": {
-                purpose: (count - evaluations[purpose]) * self.run.ranks.world
-                for purpose, count in self.run.policy.evaluations.items()
-                if purpose != "evaluation"
-            },
-        }
+        self.last = Metrics.model_validate(
+            {
+                **metrics,
+                "epoch": self.epochs_done,
+                "time": now(),
+                "images": images,
+                "imagesPerSecond": images / max(sum(seconds.values()), 1e-9),
+                "seconds": seconds,
+                "evaluations": {
+                    purpose: (count - evaluations[purpose]) * self.run.ranks.world
+                    for purpose, count in self.run.policy.evaluations.items()
+                },
+            }
+        )
         if self.run.ranks.is_first:
             self.record.append(layout.METRICS, self.last)
             log.info(
                 "epoch %d of %d: reward %.4f, %.0f images/s",
                 self.epochs_done,
                 self.spec.algorithm.epochs,
-                self.last["reward"],
-                self.last["imagesPerSecond"],
+                self.last.reward,
+                self.last.images_per_second,
             )
         last = self.epochs_done == self.spec.algorithm.epochs
         if last or self.epochs_done % self.spec.evaluation.every_epochs == 0:
@@ -114,7 +119,7 @@ class Session:
             grid = f"{layout.GRIDS}/epoch-{self.epochs_done:06d}.png"
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
-        self.record.append(layout.EVALUATIONS, _evaluation_row(self.epochs_done, found, grid))
+        self.record.append(layout.EVALUATIONS, _evaluation_line(self.epochs_done, found, grid))
         log.info(
             "evaluation after %d epochs: reward %.4f", self.epochs_done, float(found.total.mean())
         )
@@ -132,7 +137,7 @@ class Session:
 
     def _on_first(self, action: Callable[[], str]) -> str:
         """What ``action`` returns on rank 0, on every rank; its error is raised on every rank."""
-        answer: Row = {}
+        answer: dict[str, str | int] = {}
         if self.run.ranks.is_first:
             try:
                 answer = {"value": action()}
@@ -140,7 +145,7 @@ class Session:
                 answer = {"code": int(error.exit_code), "message": str(error)}
         answer = json.loads(self.run.ranks.from_first(json.dumps(answer)))
         if "code" in answer:
-            raise of_code(answer["code"], answer["message"])
+            raise of_code(int(answer["code"]), str(answer["message"]))
         return str(answer["value"])
 
     def _export(self, folder: Path) -> None:
@@ -176,7 +181,7 @@ class Session:
     def _store_record(self) -> None:
         """Copy the record beside the checkpoints where they are kept elsewhere."""
         root = self.record.folder / layout.RECORD
-        if Path(self.checkpoints.store.uri) == self.record.folder.absolute():
+        if self._stored_in_place():
             return
         for file in sorted(root.rglob("*")):
             if file.is_file() and not file.name.endswith(".partial"):
@@ -184,21 +189,24 @@ class Session:
                     file, f"{layout.RECORD}/{file.relative_to(root).as_posix()}"
                 )
 
+    def _stored_in_place(self) -> bool:
+        return Path(self.checkpoints.store.uri) == self.record.folder.absolute()
+
     def _resume(self) -> None:
         """Continue from the last complete checkpoint, if there is one.
 
         Rank 0 chooses for all: two ranks need not see the same listing.
         """
         folder = self._on_first(self._choose)
-        if not folder:
-            return
-        self._restore(self.checkpoints.load(folder))
-        self.committed = self.epochs_done
-        self.committed_uri = f"{self.checkpoints.store.uri}/{folder}"
+        if folder:
+            self._restore(self.checkpoints.load(folder))
+            self.committed = self.epochs_done
+            self.committed_uri = f"{self.checkpoints.store.uri}/{folder}"
+            log.info("continues after %d epochs, from %s", self.epochs_done, self.committed_uri)
         if self.run.ranks.is_first:
             self._fetch_record()
-            self.record.cut_back(self.epochs_done)
-            log.info("continues after %d epochs, from %s", self.epochs_done, self.committed_uri)
+            # A run that has no epoch yet evaluates the base model again, too.
+            self.record.cut_back(self.epochs_done or -1)
 
     def _choose(self) -> str:
         self._check_same_run()
@@ -232,16 +240,16 @@ class Session:
 
     def _fetch_record(self) -> None:
         """On a new machine the record so far is in the store only."""
-        if (self.record.folder / layout.METRICS).is_file():
+        if self._stored_in_place() or (self.record.folder / layout.METRICS).is_file():
             return
         for key in self.checkpoints.store.find(layout.RECORD):
             self.checkpoints.store.get(key, self.record.folder / key)
 
     def _finish(self) -> None:
         if self.run.ranks.is_first:
-            rows = self.record.rows(layout.EVALUATIONS)
-            summary = summarise(rows, self._totals(), self.epochs_done, self.committed_uri)
-            self.record.write(layout.SUMMARY, json.dumps(summary, indent=1))
+            lines = self.record.lines(layout.EVALUATIONS, EvaluationLine)
+            summary = summarise(lines, self._totals(), self.epochs_done, str(self.committed_uri))
+            self.record.write(layout.SUMMARY, summary.model_dump_json(by_alias=True, indent=1))
             self._store_record()
         self._on_phase("done")
 
@@ -257,16 +265,18 @@ class Session:
 
     def _progress(self, phase: str) -> Progress:
         epochs = self.spec.algorithm.epochs
-        seconds = sum(self.last["seconds"].values()) if self.last else None
+        last = self.last
+        epoch_seconds = last.images / last.images_per_second if last else None
+        left = epochs - self.epochs_done
         return Progress.model_validate(
             {
                 "epoch": self.epochs_done,
                 "epochs": epochs,
                 "phase": phase,
                 "attempt": self.checkpoints.attempt,
-                "reward": self.last.get("reward"),
-                "imagesPerSecond": self.last.get("imagesPerSecond"),
-                "etaSeconds": seconds * (epochs - self.epochs_done) if seconds else None,
+                "reward": last.reward if last else None,
+                "imagesPerSecond": last.images_per_second if last else None,
+                "etaSeconds": epoch_seconds * left if epoch_seconds else None,
                 "checkpointEpoch": self.committed,
                 "checkpointUri": self.committed_uri,
                 "time": now(),
@@ -274,17 +284,20 @@ class Session:
         )
 
 
-def _evaluation_row(epoch: int, found: Evaluation, grid: str | None) -> Row:
-    return {
-        "epoch": epoch,
-        "time": now(),
-        "reward": float(found.total.mean()),
-        "rewardStd": float(found.total.std(correction=0)),
-        "rewards": {
-            name: {"mean": float(values.mean()), "std": float(values.std(correction=0))}
-            for name, values in found.scores.items()
-        },
-        "diversity": found.diversity,
-        "images": len(found.total),
-        "grid": grid,
-    }
+def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> EvaluationLine:
+    spreads = {name: Spread(**_moments(values)) for name, values in found.scores.items()}
+    total = _moments(found.total)
+    return EvaluationLine(
+        epoch=epoch,
+        time=now(),
+        reward=total["mean"],
+        reward_std=total["std"],
+        rewards=spreads,
+        diversity=found.diversity,
+        images=len(found.total),
+        grid=grid,
+    )
+
+
+def _moments(values: Tensor) -> dict[str, float]:
+    return {"mean": float(values.mean()), "std": float(values.std(correction=0))}

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import s3fs
+from botocore.exceptions import BotoCoreError
 
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.v1alpha1 import Checkpoint
@@ -137,6 +138,10 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+# No credentials, no answer: s3fs translates only what the store itself says.
+_REFUSALS = (OSError, BotoCoreError)
+
+
 class S3Store(Store):
     """Objects below a prefix, through s3fs; credentials by the standard chain."""
 
@@ -159,7 +164,7 @@ class S3Store(Store):
     def put(self, file: Path, key: str) -> None:
         try:
             self._fs.put_file(str(file), f"{self._root}/{key}")
-        except OSError as error:
+        except _REFUSALS as error:
             raise self._unavailable("write", key, error) from error
 
     def create(self, key: str, content: bytes) -> bool:
@@ -167,7 +172,7 @@ class S3Store(Store):
             self._fs.pipe_file(f"{self._root}/{key}", content, mode="create")
         except FileExistsError:
             return False
-        except OSError as error:
+        except _REFUSALS as error:
             # Not every store words its refusal as s3fs expects.
             if "condition" in str(error).lower():
                 return False
@@ -178,13 +183,13 @@ class S3Store(Store):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._fs.get_file(f"{self._root}/{key}", str(file))
-        except OSError as error:
+        except _REFUSALS as error:
             raise self._unavailable("read", key, error) from error
 
     def find(self, prefix: str) -> dict[str, int]:
         try:
             found = self._fs.find(f"{self._root}/{prefix}", detail=True)
-        except OSError as error:
+        except _REFUSALS as error:
             raise self._unavailable("list", prefix, error) from error
         return {
             key.removeprefix(f"{self._root}/"): int(info["size"]) for key, info in found.items()
@@ -196,10 +201,10 @@ class S3Store(Store):
                 self._fs.rm_file(f"{self._root}/{key}")
             except FileNotFoundError:
                 continue
-            except OSError as error:
+            except _REFUSALS as error:
                 raise self._unavailable("delete", key, error) from error
 
-    def _unavailable(self, action: str, key: str, error: OSError) -> StoreUnavailable:
+    def _unavailable(self, action: str, key: str, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(
             f"cannot {action} {self.uri}/{key}: {error}; check that the bucket exists, that the "
             "credentials allow it, and spec.checkpoint.endpointUrl"

@@ -5,31 +5,33 @@ import sys
 
 import torch
 
-from tempflow_trainer.metrics import Row
+from tempflow_api.record import BeforeAfter, Evaluation, RunSeconds, Spread, Summary
 
 
 def summarise(
-    evaluations: list[Row], totals: dict[str, float], epochs_done: int, result: str | None
-) -> Row:
+    evaluations: list[Evaluation], totals: dict[str, float], epochs_done: int, result: str
+) -> Summary:
     """Compare the first and the last evaluation, and add up what the run took."""
     first, last = evaluations[0], evaluations[-1]
     seconds = _below("seconds.", totals)
-    return {
-        "epochs": epochs_done,
-        "rewardBefore": {"mean": first["reward"], "std": first["rewardStd"]},
-        "rewardAfter": {"mean": last["reward"], "std": last["rewardStd"]},
-        "rewards": {
-            name: {"before": first["rewards"][name]["mean"], "after": value["mean"]}
-            for name, value in last["rewards"].items()
+    diversity = None
+    if first.diversity is not None and last.diversity is not None:
+        diversity = BeforeAfter(before=first.diversity, after=last.diversity)
+    return Summary(
+        epochs=epochs_done,
+        reward_before=Spread(mean=first.reward, std=first.reward_std),
+        reward_after=Spread(mean=last.reward, std=last.reward_std),
+        rewards={
+            name: BeforeAfter(before=first.rewards[name].mean, after=spread.mean)
+            for name, spread in last.rewards.items()
         },
-        "diversity": {"before": first["diversity"], "after": last["diversity"]},
-        "evaluations": int(sum(_below("evaluations.", totals).values())),
-        "images": int(totals["images"]),
-        "seconds": {"total": sum(seconds.values()), **seconds},
-        "peakMemoryBytes": peak_memory_bytes(),
-        "result": result,
-        "checkpoint": result,
-    }
+        diversity=diversity,
+        evaluations=int(sum(_below("evaluations.", totals).values())),
+        images=int(totals["images"]),
+        seconds=RunSeconds(total=sum(seconds.values()), **seconds),
+        peak_memory_bytes=peak_memory_bytes(),
+        result=result,
+    )
 
 
 def peak_memory_bytes() -> int:

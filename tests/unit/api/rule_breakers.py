@@ -4,7 +4,7 @@ Plain data, so that the API server's version of the rules can be run over the sa
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tempflow_api.rules import RULES, Rule
@@ -42,7 +42,6 @@ class Breaker:
     rule: int
     """Position in ``RULES``."""
     fields: dict[str, Any]
-    also: frozenset[int] = field(default_factory=frozenset)
     """Rules that cannot but break with it."""
 
     def manifest(self) -> dict[str, Any]:
@@ -111,8 +110,6 @@ BREAKERS = (
         "seed scope with flow-grpo",
         _PROMPT_SCOPE,
         {"algorithm.method": "flow-grpo", "algorithm.branchesPerSeed": 1},
-        # A seed has one draw with flow-grpo.
-        also=frozenset({_TWO_DRAWS}),
     ),
     Breaker("one draw a seed", _TWO_DRAWS, {"algorithm.branchesPerSeed": 1}),
     Breaker(

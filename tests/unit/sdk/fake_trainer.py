@@ -54,6 +54,13 @@ def epoch(number: int) -> None:
             "reward": -2.0 + number / 4,
             "rewardStd": 0.5,
             "rewards": {"digit-ink": -0.25},
+            "advantageZeroShare": 0.0,
+            "loss": 0.0,
+            "kl": 0.0,
+            "ratioClippedShare": 0.0,
+            "ratioDrift": 0.0,
+            "gradNorm": 0.01,
+            "images": 160,
             "imagesPerSecond": 200.0,
             "seconds": {"rollout": 0.5, "scoring": 0.1, "update": 0.2},
             "evaluations": {"rollout": 279, "training": 36, "reference": 0},
@@ -68,6 +75,8 @@ def evaluation(number: int, reward: float) -> None:
         "evaluations.jsonl",
         {
             "epoch": number,
+            "time": "2026-01-31T12:00:00Z",
+            "rewardStd": 0.1,
             "rewards": {"digit-ink": {"mean": reward, "std": 0.1}},
             "reward": reward,
             "diversity": 0.3,
@@ -99,7 +108,6 @@ def summary() -> None:
             },
             "peakMemoryBytes": 640_000_000,
             "result": str(WORK / "checkpoints/step-0000000004-attempt-000000"),
-            "checkpoint": str(WORK / "checkpoints/step-0000000004-attempt-000000"),
         },
     )
 

@@ -148,7 +148,7 @@ def test_a_manifest_cannot_reach_outside(stored: tuple[Store, Put], tmp_path: Pa
     manifest = json.loads(stored_runs.checkpoint(20, 1)[f"{NEWEST}/MANIFEST.json"])
     manifest["files"][0]["path"] = "a/../../outside"
     put(f"{NEWEST}/MANIFEST.json", json.dumps(manifest).encode())
-    with pytest.raises(CheckpointCorrupt, match="names a file outside of itself"):
+    with pytest.raises(CheckpointCorrupt, match="cannot be understood"):
         pull(store, choose(store, None), tmp_path / "here")
 
 

@@ -14,11 +14,12 @@ import pytest
 
 from tempflow import local
 from tempflow.manifest import Manifest, read
-from tempflow.record import Evaluation, Metrics
 from tempflow.refused import Refused
 from tempflow_api.errors import ExitCode, ManifestInvalid, StoreUnavailable
+from tempflow_api.record import Evaluation, Metrics
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
+from tests.records import make_metrics
 from tests.unit.sdk.manifests import write
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
@@ -119,8 +120,8 @@ class TestDone:
 
     def test_the_same_command_continues(self, manifest: Manifest, runs: Path) -> None:
         (runs / "demo/record").mkdir(parents=True)
-        done = [{"epoch": n, "reward": -2.0} for n in (1, 2)]
-        text = "".join(f"{json.dumps(line)}\n" for line in done)
+        done = [make_metrics(epoch, -2.0).model_dump_json(by_alias=True) for epoch in (1, 2)]
+        text = "".join(f"{line}\n" for line in done)
         (runs / "demo/record/metrics.jsonl").write_text(text)
         listener = Listener()
         local.run(manifest, listener, work_dir=runs, command=fake("train"))

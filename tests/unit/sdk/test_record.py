@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from tempflow.record import Record
+from tests.records import make_metrics
 
-ONE = b'{"epoch": 1, "reward": -1.5}\n'
-TWO = b'{"epoch": 2, "reward": -1.0, "aNewKey": 1}\n'
+ONE = make_metrics(1, -1.5).model_dump_json(by_alias=True).encode() + b"\n"
+TWO = ONE.replace(b'{"epoch":1', b'{"aNewKey":1,"epoch":2')
 
 
 def metrics(run: Path) -> Path:

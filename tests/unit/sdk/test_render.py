@@ -8,9 +8,9 @@ from rich.console import Console
 
 from tempflow.local import Outcome
 from tempflow.manifest import parse_text
-from tempflow.record import Evaluation, Metrics
 from tempflow.render import PlainWatcher, ending, live_view, sample_command
 from tempflow_api.status import Progress
+from tests.records import make_evaluation, make_metrics
 from tests.unit.sdk.manifests import VALID, edited
 
 JOB = parse_text(VALID, "job.yaml").job
@@ -19,10 +19,6 @@ JOB = parse_text(VALID, "job.yaml").job
 def progress(**fields: object) -> Progress:
     known = {"epoch": 2, "epochs": 4, "phase": "rollout", "time": "2026-01-31T12:00:00Z"}
     return Progress.model_validate({**known, **fields})
-
-
-def metrics(epoch: int, reward: float) -> Metrics:
-    return Metrics(epoch=epoch, reward=reward, reward_std=0.5, images_per_second=200.0)
 
 
 def text_of(width: int = 120) -> tuple[Console, io.StringIO]:
@@ -34,16 +30,16 @@ class TestPlain:
     def test_an_epoch_is_one_line_even_where_it_is_longer_than_the_terminal(self) -> None:
         console, out = text_of(width=20)
         watcher = PlainWatcher(console)
-        watcher.began(JOB, Path("runs/demo"), [metrics(1, -2.0)])
-        watcher.trained(metrics(2, -1.5), progress(etaSeconds=61.0))
-        watcher.trained(metrics(3, -1.25), None)
-        watcher.evaluated(Evaluation(epoch=4, reward=-1.0))
+        watcher.began(JOB, Path("runs/demo"), [make_metrics(1, -2.0)])
+        watcher.trained(make_metrics(2, -1.5), progress(etaSeconds=61.0))
+        watcher.trained(make_metrics(3, -1.25), None)
+        watcher.evaluated(make_evaluation(4, -1.0))
         watcher.notice("[bold]as it is[/bold]")
         assert out.getvalue().splitlines() == [
             "demo: 4 epochs on cpu, continuing after epoch 1; log in runs/demo/log/trainer.log",
             "epoch 2/4  reward -1.5 ± 0.5  200 images/s  1:01 left",
             "epoch 3/4  reward -1.25 ± 0.5  200 images/s",
-            "evaluation after epoch 4: reward -1",
+            "evaluation after epoch 4: reward -1 (digit-ink -1, diversity 0.25)",
             "[bold]as it is[/bold]",
         ]
 
@@ -58,7 +54,8 @@ class TestPlain:
 class TestLive:
     def shown(self, now: Progress | None, rewards: list[float]) -> list[str]:
         console, out = text_of()
-        console.print(live_view("demo", 4, now, [metrics(i, r) for i, r in enumerate(rewards)]))
+        shown = [make_metrics(epoch, reward) for epoch, reward in enumerate(rewards)]
+        console.print(live_view("demo", 4, now, shown))
         return [line.rstrip() for line in out.getvalue().splitlines()]
 
     def test_before_anything_is_known(self) -> None:

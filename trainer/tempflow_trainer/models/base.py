@@ -77,9 +77,7 @@ class FlowModel(ABC):
         del scale
         return conditioning
 
-    def combine(
-        self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float
-    ) -> Tensor:
+    def combine(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         """The velocity of classifier-free guidance."""
         return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
 
@@ -130,4 +128,5 @@ class Policy:
             torch.cat([sigma, sigma]),
             conditioning.join(unconditional),
         ).float()
-        return self.model.combine(*both.chunk(2), self.guidance_scale)
+        conditional, plain = both.chunk(2)
+        return self.model.combine(conditional, plain, self.guidance_scale)

@@ -90,7 +90,7 @@ class Flux(FlowModel):
         text = conditioning.cast(dtype).tensors
         tokens_BLD = self.transformer(
             hidden_states=packed.pack(latents_BCHW.to(dtype)),
-            timestep=sigma_B,
+            timestep=packed.timestep(sigma_B, dtype),
             txt_ids=sigma_B.new_zeros(text["encoder_hidden_states"].shape[1], 3),
             img_ids=_positions(height, width).to(sigma_B),
             **text,

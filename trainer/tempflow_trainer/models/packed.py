@@ -7,6 +7,7 @@ L = H W / 4 tokens of D = 4 C numbers. Only the network sees tokens: trajectorie
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
@@ -32,6 +33,14 @@ def latent_size(height: int, width: int, vae_factor: int) -> tuple[int, int]:
     """H and W of the latents of an image in pixels: whole patches, as the pipelines round."""
     factor = vae_factor * PATCH
     return PATCH * (height // factor), PATCH * (width // factor)
+
+
+def timestep(sigma_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Noise levels for a network of that type: rounded on the scale of 1000, as both pipelines do.
+
+    Rounding them as they are would ask a network in bfloat16 at other levels.
+    """
+    return (sigma_B * 1000).to(dtype) / 1000
 
 
 def shifted_schedule(scheduler: Any, steps: int, tokens: int) -> Schedule:

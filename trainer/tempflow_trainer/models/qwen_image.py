@@ -91,16 +91,14 @@ class QwenImage(FlowModel):
         one_frame = (1, height // packed.PATCH, width // packed.PATCH)
         tokens_BLD = self.transformer(
             hidden_states=packed.pack(latents_BCHW.to(dtype)),
-            timestep=sigma_B,
+            timestep=packed.timestep(sigma_B, dtype),
             img_shapes=[[one_frame]] * len(latents_BCHW),
             **conditioning.cast(dtype).tensors,
             return_dict=False,
         )[0]
         return packed.unpack(tokens_BLD, height, width)
 
-    def combine(
-        self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float
-    ) -> Tensor:
+    def combine(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         """Plain guidance, then every token back to the norm of its conditional velocity."""
         plain_BLD = packed.pack(super().combine(conditional_BCHW, unconditional_BCHW, scale))
         norm_BL1 = packed.pack(conditional_BCHW).norm(dim=-1, keepdim=True)

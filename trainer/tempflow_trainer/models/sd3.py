@@ -80,11 +80,11 @@ class Sd3(FlowModel):
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype = self.pipeline.vae.dtype
+        dtype = self.transformer.pos_embed.proj.weight.dtype
         velocity: Tensor = self.transformer(
             hidden_states=latents_BCHW.to(dtype),
             timestep=sigma_B * self.pipeline.scheduler.config.num_train_timesteps,
-            **conditioning.tensors,
+            **conditioning.cast(dtype).tensors,
             return_dict=False,
         )[0]
         return velocity

@@ -45,12 +45,14 @@ def open_pipeline(kind: Any, source: str, *, revision: str | None, dtype: torch.
     Raises:
         ModelUnavailable: files missing, no access, no network, or another kind of model.
     """
+    refused = f"spec.model.source: {source} cannot be loaded as {kind.__name__}: "
     try:
+        found = kind.load_config(source, revision=revision).get("_class_name")
+        if found != kind.__name__:
+            raise ModelUnavailable(f"{refused}it is a {found}; see spec.model.family")
         return kind.from_pretrained(source, revision=revision, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ModelUnavailable(
-            f"spec.model.source: {source} cannot be loaded as {kind.__name__}: {error}"
-        ) from error
+        raise ModelUnavailable(f"{refused}{error}") from error
 
 
 def _fetch(source: str, cache: Path) -> Path:

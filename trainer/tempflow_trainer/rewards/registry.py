@@ -33,7 +33,7 @@ def build(terms: Sequence[RewardTerm]) -> Reward:
 def _scorer(term: RewardTerm, path: str) -> Scorer:
     if term.name not in REWARDS:
         near = difflib.get_close_matches(term.name, REWARDS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise RewardFailed(
             f"{path}.name: no reward {term.name!r}{hint} This version has {', '.join(REWARDS)}"
         )

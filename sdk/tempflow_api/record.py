@@ -1,0 +1,111 @@
+"""What a run writes about itself: the lines and files below ``record/``.
+
+The trainer writes them, the command line and others read them; a reader ignores keys that it does
+not know.
+"""
+
+from pydantic import Field
+
+from tempflow_api.base import Timestamp
+from tempflow_api.status import Observed
+
+
+class EpochSeconds(Observed):
+    """Wall time of one epoch, by phase."""
+
+    rollout: float = 0.0
+    scoring: float = 0.0
+    update: float = 0.0
+
+
+class EpochEvaluations(Observed):
+    """Rows that the network computed in one epoch, over all processes."""
+
+    rollout: int = 0
+    training: int = 0
+    """With gradient; one for all draws of a (seed, step) pair."""
+    reference: int = 0
+
+
+class Metrics(Observed):
+    """One epoch, a line of ``metrics.jsonl``."""
+
+    epoch: int
+    """Epochs completed."""
+    time: Timestamp
+    reward: float
+    """Mean over all draws."""
+    reward_std: float
+    rewards: dict[str, float]
+    """Mean raw score of each trained reward."""
+    advantage_zero_share: float
+    """Share of (group, step) pairs whose draws all got the same reward: they teach nothing."""
+    loss: float
+    kl: float
+    """Mean divergence of the stochastic steps from the model before training."""
+    ratio_clipped_share: float
+    """Share of draws whose probability ratio left the clip range."""
+    ratio_drift: float
+    """Mean |ratio - 1|."""
+    grad_norm: float
+    """Before it is scaled down."""
+    images: int
+    images_per_second: float
+    seconds: EpochSeconds
+    evaluations: EpochEvaluations
+
+
+class Spread(Observed):
+    """A mean and the standard deviation around it."""
+
+    mean: float
+    std: float
+
+
+class Evaluation(Observed):
+    """One evaluation, a line of ``evaluations.jsonl``."""
+
+    epoch: int
+    time: Timestamp
+    reward: float
+    reward_std: float
+    rewards: dict[str, Spread]
+    """Every reward, those held out too."""
+    diversity: float | None
+    """Mean distance of two images of a prompt; None where a prompt has one image."""
+    images: int
+    grid: str | None
+    """Picture of all images, below the run's folder."""
+
+
+class BeforeAfter(Observed):
+    """A figure of the model as it was, and as it is."""
+
+    before: float
+    after: float
+
+
+class RunSeconds(EpochSeconds):
+    """Wall time of a run, by phase."""
+
+    total: float = 0.0
+    evaluation: float = 0.0
+    checkpoint: float = 0.0
+
+
+class Summary(Observed):
+    """What a run did, ``summary.json``."""
+
+    epochs: int
+    reward_before: Spread
+    reward_after: Spread
+    rewards: dict[str, BeforeAfter]
+    diversity: BeforeAfter | None
+    evaluations: int
+    """Rows that the network computed, over all phases."""
+    images: int
+    """Drawn and scored in training."""
+    seconds: RunSeconds = Field(default_factory=RunSeconds)
+    peak_memory_bytes: int
+    result: str
+    """The folder with ``adapter`` or ``transformer``."""

@@ -1,0 +1,76 @@
+"""Fixtures of the cluster tests: the cluster, a namespace, an S3 server."""
+
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import target
+from tests.cluster.cluster import down, ensure_up
+from tests.cluster.layout import DEFAULT_STATE, StateFolder
+from tests.cluster.s3 import S3Server
+from tests.cluster.target import KUBECONFIG_VARIABLE, Target
+from tests.cluster.waiting import Say, progress_lines
+
+
+def pytest_report_header() -> str:
+    kubeconfig = os.environ.get(KUBECONFIG_VARIABLE)
+    if kubeconfig:
+        return f"cluster: {kubeconfig}; tests that kill nodes or need our S3 server are left out"
+    return "cluster: our own, on this machine"
+
+
+@pytest.fixture(scope="session")
+def say(request: pytest.FixtureRequest) -> Say:
+    """Progress lines past pytest's capture: a first start builds for many minutes."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    line = progress_lines()
+
+    def say_uncaptured(text: str) -> None:
+        if capture is None:
+            line(text)
+            return
+        with capture.global_and_fixture_disabled():
+            line(text)
+
+    return say_uncaptured
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest, say: Say) -> Iterator[Target]:
+    """The cluster; one that the tests started is ended after them, one that was up stays up."""
+    kubeconfig = os.environ.get(KUBECONFIG_VARIABLE)
+    if kubeconfig:
+        yield target.foreign(kubeconfig, say)
+        return
+    if platform.system() != "Linux" or os.geteuid() != 0:
+        pytest.skip(f"needs root on Linux, or {KUBECONFIG_VARIABLE} with another cluster")
+    state = StateFolder(DEFAULT_STATE)
+    try:
+        ours, started = ensure_up(state, say)
+    except BaseException:
+        down(state, say, keep_logs=True)
+        raise
+    yield target.own(ours)
+    if started:
+        down(state, say, keep_logs=request.session.testsfailed > 0)
+
+
+@pytest.fixture
+def namespace(cluster: Target) -> Iterator[str]:
+    """A namespace of the test's own; its removal is not waited for."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl.run("create", "namespace", name)
+    yield name
+    cluster.kubectl.run("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def s3(cluster: Target, say: Say) -> Iterator[S3Server]:
+    """The S3 server on the bridge; only our own cluster's pods can reach it."""
+    server = cluster.our_own().s3_server(say)
+    server.start()
+    yield server
+    server.kill()  # nothing of its data is needed any more
