@@ -18,7 +18,7 @@ setup: $(VENV)/ready ## A virtual environment with everything, from the lock
 $(VENV)/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip -q
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip >/dev/null
 	@echo "setting up $(VENV): downloads about 3 GB the first time"
 	@$(RUN) -m pip install -q --disable-pip-version-check uv==$(UV)
 	@$(VENV)/bin/uv pip install -q -p $(VENV) --require-hashes -r requirements.lock

@@ -1,19 +1,30 @@
 """Tiny random pipelines with real tokenizers, built from configurations: no download."""
 
+import re
 import string
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -35,20 +46,28 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
+def clip_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            projection_dim=32,
-            hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTextModelWithProjection(clip_text_config(tokenizer))
+
+
+def t5_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     )
 
 
@@ -93,9 +112,7 @@ def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
         tokenizer=clip,
         text_encoder_2=clip_text_encoder(clip),
         tokenizer_2=clip,
-        text_encoder_3=T5EncoderModel(
-            T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-        ),
+        text_encoder_3=t5_text_encoder(t5),
         tokenizer_3=t5,
     )
 
@@ -103,3 +120,110 @@ def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
 def save_sd3(folder: Path) -> Path:
     sd3_pipeline().save_pretrained(folder)
     return folder
+
+
+def flux_pipeline(seed: int = 0) -> FluxPipeline:
+    """About 120,000 random parameters, with an input for the guidance scale."""
+    torch.manual_seed(seed)
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,  # 4 x the channels of the latent
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip_text_config(clip)),
+        tokenizer=clip,
+        text_encoder_2=t5_text_encoder(t5),
+        tokenizer_2=t5,
+    )
+
+
+# QwenImagePipeline cuts off the 34 tokens that its template has before the prompt, so these words
+# are tokens, as they are for the real tokenizer.
+TEMPLATE_WORDS = re.split(
+    r"\||(?= )",
+    "system|user|Describe the image by detailing the color shape size texture quantity text "
+    "spatial relationships of the objects and background",
+)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token a byte, but one a word of the template."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pieces = [*sorted(ByteLevel.alphabet()), *specials]
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, extra_special_tokens=specials[1:]
+    )
+    tokenizer.add_tokens(TEMPLATE_WORDS)
+    return tokenizer
+
+
+def qwen_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+            "rope_theta": 1e6,
+        },
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+def qwen_pipeline(seed: int = 0) -> QwenImagePipeline:
+    """About 130,000 random parameters; the scheduler is set as the published model's is."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,  # 4 x the channels of the latent
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, -0.4],
+        latents_std=[1.5, 2.0, 2.5, 3.0],
+    )
+    return QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=autoencoder,
+        text_encoder=qwen_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+    )

@@ -32,8 +32,7 @@ class Lora(Section):
         list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)
     ] = []
     """Names of the projections, matched at the end of the module path. An empty list takes the
-    family's own: the attention projections of both streams. A name that matches nothing is an
-    error."""
+    family's own, as the paper's code adapts them. A name that matches nothing is an error."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """How the first factor starts; the second one starts at zero, so the update starts at none."""
 

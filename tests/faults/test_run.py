@@ -148,7 +148,8 @@ def test_a_killed_rank_is_one_error_and_the_run_continues(job: Path) -> None:
 def test_kill_9_of_everything_leaves_only_whole_checkpoints(job: Path, undisturbed: str) -> None:
     process = start(job)
     wait_for(lambda: len(committed(folder(job))) > 1, process)
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+    command = psutil.Process(process.pid)
+    for victim in [*command.children(recursive=True), command]:
         victim.kill()
     finish(process)
     code, output = run(job)

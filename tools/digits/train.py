@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the assets")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the data")
     parser.add_argument("--only", choices=("base", "judges"), help="train only this part")
-    parser.add_argument("--steps", type=int, default=7000, help="of the base model")
+    parser.add_argument("--steps", type=int, default=20000, help="of the base model")
     parser.add_argument("--classifier-steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="2 is slower where cores are busy")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
@@ -40,6 +41,8 @@ class Session:
     committed: int | None = None
     committed_uri: str | None = None
     images: int = 0
+    evaluations: dict[str, int] = field(default_factory=dict)
+    """Rows of the network by purpose, over all ranks, which need not have equal shares."""
     earlier: dict[str, float] = field(default_factory=dict)
     """Totals of the processes before this one."""
     last: Metrics | None = None
@@ -69,9 +72,10 @@ class Session:
 
     def _epoch(self) -> None:
         before = dict(self.run.clock.seconds)
-        evaluations = dict(self.run.policy.evaluations)
+        evaluations = self.evaluations
         metrics = run_epoch(self.run, self.epochs_done)
         self.epochs_done += 1
+        self._count_evaluations()
         images = self._images_per_epoch()
         self.images += images
         seconds = self.run.clock.since(before)
@@ -84,8 +88,8 @@ class Session:
                 "imagesPerSecond": images / max(sum(seconds.values()), 1e-9),
                 "seconds": seconds,
                 "evaluations": {
-                    purpose: (count - evaluations[purpose]) * self.run.ranks.world
-                    for purpose, count in self.run.policy.evaluations.items()
+                    purpose: count - evaluations.get(purpose, 0)
+                    for purpose, count in self.evaluations.items()
                 },
             }
         )
@@ -104,6 +108,12 @@ class Session:
         if last or self.epochs_done % self.spec.checkpoint.every_epochs == 0:
             self._save()
 
+    def _count_evaluations(self) -> None:
+        own = self.run.policy.evaluations
+        rows = torch.tensor(list(own.values()), dtype=torch.float64)
+        self.run.ranks.sum_([rows])
+        self.evaluations = dict(zip(own, map(int, rows.tolist()), strict=True))
+
     def _images_per_epoch(self) -> int:
         algorithm = self.spec.algorithm
         groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt
@@ -112,6 +122,7 @@ class Session:
     def _evaluate(self) -> None:
         with self.run.clock("evaluation"), self.run.tuning.values(self.run.ema.values):
             found = self.evaluator.run()
+        self._count_evaluations()
         if not self.run.ranks.is_first:
             return
         grid = None
@@ -170,10 +181,7 @@ class Session:
         """Images, evaluations and seconds of the whole run, over all its processes."""
         now_ = {
             "images": float(self.images),
-            **{
-                f"evaluations.{k}": float(v * self.run.ranks.world)
-                for k, v in self.run.policy.evaluations.items()
-            },
+            **{f"evaluations.{k}": float(v) for k, v in self.evaluations.items()},
             **{f"seconds.{k}": v for k, v in self.run.clock.seconds.items()},
         }
         return {k: self.earlier.get(k, 0.0) + now_.get(k, 0.0) for k in self.earlier | now_}

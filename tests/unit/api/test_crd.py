@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from jsonschema import Draft4Validator  # type: ignore[import-untyped]  # ships no types
+from jsonschema import Draft4Validator
 from pydantic import ValidationError
 
 from tempflow_api import crd, reference

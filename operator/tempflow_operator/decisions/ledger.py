@@ -1,0 +1,222 @@
+"""The attempts of a job so far: what status has recorded, brought up to date by what is seen.
+
+Every transition is recorded by one status write and derived again if that write is lost, so a
+crash at any point repeats a decision and never counts twice.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from tempflow_api.conditions import ConditionType, Reason, find
+from tempflow_api.status import Attempt, Failure, JobStatus, Restarts
+from tempflow_operator.decisions import failure, instants
+from tempflow_operator.decisions.failure import FailureClass
+from tempflow_operator.decisions.observed import Gang, Snapshot, TrainingJob
+from tempflow_operator.settings import Timing
+
+HISTORY = 10
+
+Outcome = Literal["Active", "Succeeded", "Failed", "Disrupted", "Suspended", "Cancelled"]
+
+
+class End(NamedTuple):
+    """How the whole job ended."""
+
+    succeeded: bool
+    reason: Reason
+    message: str
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The accounts of a job."""
+
+    attempt: int = 0
+    attempts: tuple[Attempt, ...] = ()
+    restarts: Restarts = field(default_factory=Restarts)
+    active_seconds: int = 0
+    next_attempt_at: float | None = None
+    end: End | None = None
+
+    @property
+    def current(self) -> Attempt | None:
+        """The record of the newest attempt."""
+        last = self.attempts[-1] if self.attempts else None
+        return last if last is not None and last.number == self.attempt else None
+
+    @property
+    def open(self) -> bool:
+        """Whether an attempt is under way."""
+        return self.end is None and self.current is not None and self.current.outcome == "Active"
+
+
+def bring_up_to_date(
+    job: TrainingJob, seen: Snapshot, problems: tuple[str, ...], now: float, timing: Timing
+) -> Ledger:
+    """The recorded accounts, with everything entered that has happened since."""
+    ledger = recorded(job.status)
+    if ledger.end is not None:
+        return ledger
+    ledger = _settle(ledger, job, seen, now, timing)
+    newest = max((gang.attempt for gang in seen.gangs), default=0)
+    if newest > ledger.attempt:
+        # Created by a pass whose status write was lost.
+        ledger = _settle(opened(ledger, newest), job, seen, now, timing)
+    if problems and not ledger.open and ledger.end is None and not job.suspend:
+        # Only where an attempt would start: what runs does not end because the operator changed.
+        ledger = _give_up(ledger, Reason.SPEC_INVALID, "; ".join(problems), now)
+    return ledger
+
+
+def recorded(status: JobStatus) -> Ledger:
+    """What status says."""
+    return Ledger(
+        attempt=status.attempt,
+        attempts=tuple(status.attempts),
+        restarts=status.restarts,
+        active_seconds=status.active_seconds,
+        next_attempt_at=(
+            instants.seconds(status.next_attempt_at) if status.next_attempt_at else None
+        ),
+        end=_recorded_end(status),
+    )
+
+
+def _recorded_end(status: JobStatus) -> End | None:
+    for kind in (ConditionType.SUCCEEDED, ConditionType.FAILED):
+        why = find(status.conditions, kind)
+        if why is not None and why.status == "True":
+            return End(
+                kind is ConditionType.SUCCEEDED,
+                Reason(why.reason) if why.reason in set(Reason) else Reason.FAILED,
+                why.message,
+                instants.seconds(status.completion_time or why.last_transition_time),
+            )
+    return None
+
+
+def opened(ledger: Ledger, number: int) -> Ledger:
+    """With attempt ``number`` under way; one that is still open was overtaken."""
+    if ledger.open:
+        ledger = _closed(ledger, "Cancelled", None, Failure(reason="Overtaken"))
+    started = Attempt(number=number, outcome="Active")
+    return replace(
+        ledger,
+        attempt=number,
+        attempts=(*ledger.attempts, started)[-HISTORY:],
+        next_attempt_at=None,
+    )
+
+
+def _settle(ledger: Ledger, job: TrainingJob, seen: Snapshot, now: float, timing: Timing) -> Ledger:
+    """``ledger`` with the open attempt ended, if anything has ended it.
+
+    What the gang itself says comes first: a job that completes in the moment in which it is
+    suspended, or in which its deadline passes, has completed.
+    """
+    if not ledger.open:
+        return ledger
+    gang = seen.gang(ledger.attempt)
+    if gang is None:
+        if job.suspend:
+            return _closed(ledger, "Suspended", now, None)
+        return _failed(ledger, job, seen, Gang(name="", uid="", attempt=0), now, timing)
+    ledger = _with_start(ledger, gang)
+    if gang.completed_at is not None:
+        done = _closed(ledger, "Succeeded", gang.completed_at, None)
+        end = End(True, Reason.COMPLETED, "all epochs are trained", gang.completed_at)
+        return replace(done, end=end)
+    if gang.failing is not None:
+        return _failed(ledger, job, seen, gang, gang.failing.time or now, timing)
+    if _deadline_passed(ledger, job, now):
+        cause = Failure(reason=Reason.DEADLINE_EXCEEDED.value)
+        return _give_up(
+            _closed(ledger, "Failed", now, cause), Reason.DEADLINE_EXCEEDED, _deadline(job), now
+        )
+    if job.suspend:
+        return _closed(ledger, "Suspended", now, None)
+    if gang.deleting:
+        return _failed(ledger, job, seen, gang, now, timing)
+    return ledger
+
+
+def _with_start(ledger: Ledger, gang: Gang) -> Ledger:
+    """The start of the open attempt. A queue may take the pods back and admit them again: what
+    counts is the start of the last time, which is the one that the gang shows."""
+    current = ledger.current
+    if current is None:
+        return ledger
+    start = None if gang.start_time is None else instants.timestamp(gang.start_time)
+    if start == current.start_time or (start is None and not gang.queued):
+        return ledger
+    return _replaced(ledger, current.model_copy(update={"start_time": start}))
+
+
+def _failed(
+    ledger: Ledger, job: TrainingJob, seen: Snapshot, gang: Gang, at: float, timing: Timing
+) -> Ledger:
+    kind, cause = failure.classify(gang, seen.pods_of(ledger.attempt))
+    outcome: Outcome = "Disrupted" if kind is FailureClass.DISRUPTION else "Failed"
+    ledger = _closed(ledger, outcome, at, cause)
+    if kind is FailureClass.PERMANENT:
+        return _give_up(ledger, Reason.PERMANENT_FAILURE, failure.sentence(cause), at)
+    restarts = ledger.restarts
+    if kind is FailureClass.DISRUPTION:
+        restarts = restarts.model_copy(update={"disruptions": restarts.disruptions + 1})
+        count = restarts.disruptions
+    else:
+        allowed = job.spec.run_policy.max_restarts if job.spec is not None else 0
+        if restarts.failures >= allowed:
+            told = f"{failure.sentence(cause)} (restarts used: {restarts.failures} of {allowed})"
+            return _give_up(ledger, Reason.RESTARTS_EXHAUSTED, told, at)
+        restarts = restarts.model_copy(update={"failures": restarts.failures + 1})
+        count = restarts.failures
+    wait = failure.pause(kind, count, timing, salt=f"{job.uid}/{ledger.attempt}")
+    return replace(ledger, restarts=restarts, next_attempt_at=at + wait)
+
+
+def _closed(ledger: Ledger, outcome: Outcome, at: float | None, cause: Failure | None) -> Ledger:
+    current = ledger.current
+    if current is None:
+        return ledger
+    start = instants.seconds(current.start_time) if current.start_time else None
+    spent = max(0, int(at - start)) if at is not None and start is not None else 0
+    record = Attempt(
+        number=current.number,
+        outcome=outcome,
+        start_time=current.start_time,
+        end_time=None if at is None else instants.timestamp(max(at, start or at)),
+        failure=cause,
+    )
+    return replace(_replaced(ledger, record), active_seconds=ledger.active_seconds + spent)
+
+
+def _replaced(ledger: Ledger, record: Attempt) -> Ledger:
+    return replace(ledger, attempts=(*ledger.attempts[:-1], record))
+
+
+def _give_up(ledger: Ledger, reason: Reason, message: str, at: float) -> Ledger:
+    if ledger.open:
+        ledger = _closed(ledger, "Cancelled", at, None)
+    return replace(ledger, end=End(False, reason, message, at), next_attempt_at=None)
+
+
+def deadline_at(ledger: Ledger, job: TrainingJob) -> float | None:
+    """When the job has been active for as long as it may, if the current attempt runs on. Pauses
+    between attempts, suspension and time in a queue do not count."""
+    limit = job.spec.run_policy.active_deadline_seconds if job.spec is not None else None
+    current = ledger.current
+    if limit is None or not ledger.open or current is None or current.start_time is None:
+        return None
+    return instants.seconds(current.start_time) + limit - ledger.active_seconds
+
+
+def _deadline_passed(ledger: Ledger, job: TrainingJob, now: float) -> bool:
+    due = deadline_at(ledger, job)
+    return due is not None and now >= due
+
+
+def _deadline(job: TrainingJob) -> str:
+    limit = job.spec.run_policy.active_deadline_seconds if job.spec is not None else None
+    return f"active for spec.runPolicy.activeDeadlineSeconds ({limit})"

@@ -1,0 +1,246 @@
+"""The status that tells the truth about what was observed and decided."""
+
+from dataclasses import dataclass
+
+from tempflow_api.conditions import ConditionType, Reason, phase_of, set_condition
+from tempflow_api.status import Condition, JobStatus, LastCheckpoint, Progress, Replicas
+from tempflow_operator.decisions import failure, instants
+from tempflow_operator.decisions.ledger import Ledger
+from tempflow_operator.decisions.observed import Pod, Snapshot, TrainingJob
+
+_PULL_REASONS = frozenset(
+    {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
+)
+_START_REASONS = frozenset(
+    {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The newest progress of rank 0, or why there is none to be had."""
+
+    progress: Progress | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why what was decided could not be done."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """A condition's content."""
+
+    status: bool
+    reason: Reason
+    message: str = ""
+
+
+def next_status(
+    job: TrainingJob,
+    seen: Snapshot,
+    ledger: Ledger,
+    *,
+    reading: Reading | None,
+    obstacle: Obstacle | None,
+    released: bool,
+    now: float,
+) -> JobStatus:
+    """The whole status; ``released`` says that no attempt holds anything any more.
+
+    Equal inputs give an equal status, whatever ``now`` is: it dates transitions and nothing else.
+    """
+    old = job.status
+    pods = seen.pods_of(ledger.attempt)
+    progress = _progress(old, ledger, reading)
+    checkpoint = _checkpoint(old.checkpoint, progress)
+    current = ledger.current
+    facts = {
+        ConditionType.SUSPENDED: _suspended(job, seen, ledger),
+        ConditionType.RUNNING: _obstructed(obstacle) or _running(job, seen, ledger, reading),
+        ConditionType.CHECKPOINTED: _checkpointed(checkpoint),
+        **_outcome(ledger, released=released),
+    }
+    conditions = _conditions(old.conditions, facts, generation=job.generation, now=now)
+    return JobStatus(
+        phase=phase_of(conditions),
+        observed_generation=job.generation,
+        conditions=conditions,
+        attempt=ledger.attempt,
+        attempt_started_at=current.start_time if current is not None else None,
+        next_attempt_at=_timestamp(ledger.next_attempt_at),
+        active_seconds=ledger.active_seconds,
+        replicas=_replicas(seen, ledger, pods),
+        restarts=ledger.restarts,
+        start_time=old.start_time or (current.start_time if current is not None else None),
+        completion_time=_timestamp(ledger.end.time) if ledger.end is not None else None,
+        progress=progress,
+        progress_text=f"{progress.epoch}/{progress.epochs}" if progress is not None else "",
+        checkpoint=checkpoint,
+        attempts=list(ledger.attempts),
+    )
+
+
+def _timestamp(moment: float | None) -> str | None:
+    return None if moment is None else instants.timestamp(moment)
+
+
+def _conditions(
+    old: list[Condition], facts: dict[ConditionType, _Fact], *, generation: int, now: float
+) -> list[Condition]:
+    conditions = old
+    for kind, fact in facts.items():
+        conditions = set_condition(
+            conditions,
+            kind,
+            fact.status,
+            fact.reason,
+            fact.message,
+            now=instants.timestamp(now),
+            generation=generation,
+        )
+    return conditions
+
+
+def _replicas(seen: Snapshot, ledger: Ledger, pods: tuple[Pod, ...]) -> Replicas:
+    gang = seen.gang(ledger.attempt)
+    return Replicas(
+        desired=gang.nodes if ledger.open and gang is not None else 0,
+        running=sum(pod.phase == "Running" for pod in pods),
+        succeeded=sum(pod.phase == "Succeeded" for pod in pods),
+        failed=sum(pod.phase == "Failed" for pod in pods),
+    )
+
+
+def _suspended(job: TrainingJob, seen: Snapshot, ledger: Ledger) -> _Fact:
+    if ledger.end is not None or not job.suspend:
+        return _Fact(False, Reason.NOT_SUSPENDED)
+    if seen.anything_live:
+        return _Fact(False, Reason.SUSPENDING, "pods write a last checkpoint and stop")
+    return _Fact(True, Reason.SUSPENDED_BY_USER, "no pod is left")
+
+
+def _checkpointed(checkpoint: LastCheckpoint | None) -> _Fact:
+    if checkpoint is None:
+        return _Fact(False, Reason.NOT_YET)
+    return _Fact(True, Reason.COMMITTED, f"after epoch {checkpoint.epoch}")
+
+
+def _outcome(ledger: Ledger, *, released: bool) -> dict[ConditionType, _Fact]:
+    end, not_yet = ledger.end, _Fact(False, Reason.NOT_YET)
+    if end is None:
+        succeeded = failed = finished = not_yet
+    elif end.succeeded:
+        succeeded = _Fact(True, end.reason, end.message)
+        failed = _Fact(False, Reason.SUCCEEDED)
+        finished = _Fact(True, Reason.SUCCEEDED)
+    else:
+        succeeded = _Fact(False, Reason.FAILED)
+        failed = _Fact(True, end.reason, end.message)
+        finished = _Fact(True, Reason.FAILED, end.message)
+    if end is not None and not released:
+        finished = _Fact(False, Reason.STOPPING, "its pods are stopping")
+    return {
+        ConditionType.SUCCEEDED: succeeded,
+        ConditionType.FAILED: failed,
+        ConditionType.FINISHED: finished,
+    }
+
+
+def _obstructed(obstacle: Obstacle | None) -> _Fact | None:
+    """What stands in the way, as the content of the condition ``Running``."""
+    return None if obstacle is None else _Fact(False, obstacle.reason, obstacle.message)
+
+
+def _running(job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading | None) -> _Fact:
+    if ledger.end is not None:
+        return _Fact(False, ledger.end.reason, ledger.end.message)
+    if ledger.open:
+        return _attempt_runs(seen, ledger, reading)
+    if job.suspend:
+        reason = Reason.SUSPENDING if seen.anything_live else Reason.SUSPENDED_BY_USER
+        return _Fact(False, reason)
+    if ledger.attempt == 0:
+        return _Fact(False, Reason.PENDING)
+    if seen.anything_live:
+        return _Fact(False, Reason.STOPPING, _after(ledger, "its pods are stopping"))
+    return _Fact(False, Reason.RESTARTING, _after(ledger, _due(ledger)))
+
+
+def _due(ledger: Ledger) -> str:
+    if ledger.next_attempt_at is None:
+        return "the next one starts"
+    return f"the next one starts at {instants.timestamp(ledger.next_attempt_at)}"
+
+
+def _after(ledger: Ledger, then: str) -> str:
+    current = ledger.current
+    if current is None:
+        return then
+    cause = f": {failure.sentence(current.failure)}" if current.failure is not None else ""
+    return f"attempt {current.number} {current.outcome.lower()}{cause}; {then}"
+
+
+def _attempt_runs(seen: Snapshot, ledger: Ledger, reading: Reading | None) -> _Fact:
+    gang = seen.gang(ledger.attempt)
+    pods = seen.pods_of(ledger.attempt)
+    if gang is None:
+        return _Fact(False, Reason.PODS_STARTING, "the pods are being created")
+    if gang.queued:
+        return _Fact(False, Reason.QUEUED, "the queue has not admitted this attempt")
+    running = sum(pod.phase == "Running" for pod in pods)
+    ended = sum(pod.phase == "Succeeded" for pod in pods)
+    if running + ended >= gang.nodes:
+        problem = reading.problem if reading is not None else ""
+        note = f"; progress cannot be read: {problem}" if problem else ""
+        return _Fact(True, Reason.PODS_RUNNING, f"{gang.nodes} of {gang.nodes} pods run{note}")
+    return _hindrance(pods) or _Fact(
+        False, Reason.PODS_STARTING, f"{running} of {gang.nodes} pods run"
+    )
+
+
+def _hindrance(pods: tuple[Pod, ...]) -> _Fact | None:
+    """What keeps a pod from running, of the first pod by name that has something to tell."""
+    for pod in sorted(pods, key=lambda pod: pod.name):
+        waiting = pod.waiting
+        if waiting is not None and waiting.reason in _PULL_REASONS:
+            return _Fact(False, Reason.IMAGE_PULL_FAILED, _told(pod.name, waiting.message))
+        if waiting is not None and waiting.reason in _START_REASONS:
+            return _Fact(False, Reason.CONTAINER_NOT_STARTED, _told(pod.name, waiting.message))
+        if pod.unschedulable:
+            return _Fact(False, Reason.UNSCHEDULABLE, _told(pod.name, pod.unschedulable))
+    return None
+
+
+def _told(pod: str, message: str) -> str:
+    return f"pod {pod}: {' '.join(message.split())}"
+
+
+def _progress(old: JobStatus, ledger: Ledger, reading: Reading | None) -> Progress | None:
+    progress = old.progress
+    if reading is not None and reading.progress is not None and ledger.attempt:
+        progress = reading.progress
+    if progress is not None and ledger.end is not None and ledger.end.succeeded:
+        # The pods are gone before they could be asked a last time; their success says as much.
+        return progress.model_copy(
+            update={"epoch": progress.epochs, "phase": "done", "eta_seconds": None}
+        )
+    return progress
+
+
+def _checkpoint(old: LastCheckpoint | None, progress: Progress | None) -> LastCheckpoint | None:
+    """The newest complete checkpoint. An attempt that has just started knows of none yet, and one
+    that resumed from an older one is right: what it reports replaces what was known."""
+    if progress is None or progress.checkpoint_epoch is None:
+        return old
+    return LastCheckpoint(epoch=progress.checkpoint_epoch, uri=progress.checkpoint_uri)
+
+
+def stored_form(status: JobStatus) -> dict[str, object]:
+    """The status as the API server stores it: what is unknown is left out."""
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)

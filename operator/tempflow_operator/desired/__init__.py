@@ -1,0 +1,18 @@
+"""The objects of one attempt, as a function of the job: no clock, no chance, no network.
+
+An attempt takes its configuration when it is created and is never edited. Another configuration,
+and another operator's way of writing these objects, waits for the next attempt.
+"""
+
+from tempflow_operator.desired.attempt import AttemptOf, Manifest
+from tempflow_operator.desired.config import config_map
+from tempflow_operator.desired.rendezvous import service
+from tempflow_operator.desired.workers import workers
+from tempflow_operator.settings import Pods
+
+__all__ = ["AttemptOf", "Manifest", "objects"]
+
+
+def objects(attempt: AttemptOf, settings: Pods) -> list[Manifest]:
+    """In the order of creation: what the pods need comes before them."""
+    return [service(attempt), config_map(attempt), workers(attempt, settings)]

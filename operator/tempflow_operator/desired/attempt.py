@@ -1,0 +1,67 @@
+"""One attempt of a job, and what all its objects have in common."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tempflow_api.naming import (
+    API_VERSION,
+    FIELD_MANAGER,
+    KIND,
+    LABEL_ATTEMPT,
+    LABEL_JOB_NAME,
+    LABEL_JOB_UID,
+    LABEL_ROLE,
+    ROLE_TRAINER,
+    attempt_name,
+)
+from tempflow_api.v1alpha1 import JobSpec
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptOf:
+    """Which job, and its how-manieth attempt, from 1."""
+
+    job: str
+    namespace: str
+    uid: str
+    spec: JobSpec
+    number: int
+
+    @property
+    def name(self) -> str:
+        return attempt_name(self.job, self.number)
+
+    def selector(self) -> dict[str, str]:
+        """Labels that exactly this attempt's pods have."""
+        return {LABEL_JOB_UID: self.uid, LABEL_ATTEMPT: str(self.number)}
+
+    def labels(self) -> dict[str, str]:
+        return {
+            "app.kubernetes.io/name": "tempflow",
+            "app.kubernetes.io/instance": self.job,
+            "app.kubernetes.io/component": ROLE_TRAINER,
+            "app.kubernetes.io/part-of": "tempflow",
+            "app.kubernetes.io/managed-by": FIELD_MANAGER,
+            LABEL_JOB_NAME: self.job,
+            LABEL_ROLE: ROLE_TRAINER,
+            **self.selector(),
+        }
+
+    def metadata(self) -> Manifest:
+        """Name, labels, and the job as controller: with the job the garbage collector takes all."""
+        owner = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": self.job,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+        return {
+            "name": self.name,
+            "namespace": self.namespace,
+            "labels": self.labels(),
+            "ownerReferences": [owner],
+        }

@@ -1,0 +1,191 @@
+"""The Indexed Job of one attempt: one pod a node, each with a rank, all of which fail together."""
+
+from tempflow_api import naming
+from tempflow_api.errors import ASKED_TO_STOP, PERMANENT
+from tempflow_api.v1alpha1 import Compute
+from tempflow_operator.desired.attempt import AttemptOf, Manifest
+from tempflow_operator.desired.config import JOB_FILE
+from tempflow_operator.desired.quantities import total_bytes
+from tempflow_operator.settings import Pods
+
+GPU = "nvidia.com/gpu"
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+# The user of the trainer's image; any other number than root's works as well.
+USER = 65532
+
+_CONFIG_DIR = "/etc/tempflow"
+_WORK_DIR = "/var/tempflow"
+_HOME = "/home/tempflow"
+
+
+def workers(attempt: AttemptOf, settings: Pods) -> Manifest:
+    """Any failed pod fails the Job; the Job controller then stops the others, and reports Failed
+    only when all of them have ended."""
+    nodes = attempt.spec.compute.nodes
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": attempt.metadata(),
+        # No "suspend": in a cluster with a queue it belongs to the queue.
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": nodes,
+            "parallelism": nodes,
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _failure_rules()},
+            "template": {
+                "metadata": {"labels": attempt.labels()},
+                "spec": _pod(attempt, settings),
+            },
+        },
+    }
+
+
+def _failure_rules() -> list[Manifest]:
+    """Every rule fails the Job, as a failure without rule does. They make the Job's condition say
+    which pod ended and how, which outlives the pod."""
+    return [
+        _exit_codes(sorted(int(code) for code in PERMANENT)),
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        _exit_codes(sorted(ASKED_TO_STOP)),
+    ]
+
+
+def _exit_codes(codes: list[int]) -> Manifest:
+    return {
+        "action": "FailJob",
+        "onExitCodes": {
+            "containerName": naming.TRAINER_CONTAINER,
+            "operator": "In",
+            "values": codes,
+        },
+    }
+
+
+def _pod(attempt: AttemptOf, settings: Pods) -> Manifest:
+    run_policy = attempt.spec.run_policy
+    return {
+        "restartPolicy": "Never",
+        # With the index as host name, gives pod 0 the name that the others look up.
+        "subdomain": attempt.name,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": run_policy.termination_grace_period_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "topologySpreadConstraints": [_one_pod_a_node(attempt)],
+        "tolerations": _tolerations(settings),
+        "containers": [_container(attempt, settings)],
+        "volumes": _volumes(attempt),
+    }
+
+
+def _one_pod_a_node(attempt: AttemptOf) -> Manifest:
+    """Preferred, not required: two pods on one node are better than a job that waits."""
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": attempt.selector()},
+    }
+
+
+def _tolerations(settings: Pods) -> list[Manifest]:
+    return [
+        {
+            "key": f"node.kubernetes.io/{state}",
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": settings.unreachable_toleration,
+        }
+        for state in ("not-ready", "unreachable")
+    ]
+
+
+def _container(attempt: AttemptOf, settings: Pods) -> Manifest:
+    compute = attempt.spec.compute
+    container: Manifest = {
+        "name": naming.TRAINER_CONTAINER,
+        "image": compute.image or settings.image,
+        "command": ["python", "-m", "tempflow_trainer.launch"],
+        "env": _environment(attempt),
+        "ports": [
+            {"name": "progress", "containerPort": naming.PROGRESS_PORT, "protocol": "TCP"},
+            {"name": "rendezvous", "containerPort": naming.MASTER_PORT, "protocol": "TCP"},
+        ],
+        "resources": _resources(compute),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        # The trainer leaves one line there; where it could not, the end of its log is taken.
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "job", "mountPath": _CONFIG_DIR, "readOnly": True},
+            {"name": "work", "mountPath": _WORK_DIR},
+            {"name": "home", "mountPath": _HOME},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a volume of this pod alone
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - likewise
+        ],
+    }
+    if compute.secret_name is not None:
+        # Only the name: the kubelet reads the Secret, the operator may not.
+        container["envFrom"] = [{"secretRef": {"name": compute.secret_name}}]
+    return container
+
+
+def _environment(attempt: AttemptOf) -> list[Manifest]:
+    values = {
+        naming.ENV_JOB_FILE: f"{_CONFIG_DIR}/{JOB_FILE}",
+        naming.ENV_ATTEMPT: str(attempt.number),
+        naming.ENV_MASTER_ADDR: naming.rank_zero_host(
+            attempt.job, attempt.number, attempt.namespace
+        ),
+        naming.ENV_MASTER_PORT: str(naming.MASTER_PORT),
+        naming.ENV_PROGRESS_PORT: str(naming.PROGRESS_PORT),
+        naming.ENV_WORK_DIR: _WORK_DIR,
+        naming.ENV_RUN_ID: naming.run_folder(attempt.namespace, attempt.job, attempt.uid),
+        "HOME": _HOME,
+        # The user's number has no name in most images, and Python and torch ask for one.
+        "USER": "tempflow",
+    }
+    rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
+    return [
+        *({"name": name, "value": value} for name, value in values.items()),
+        {"name": naming.ENV_NODE_RANK, "valueFrom": rank},
+    ]
+
+
+def _resources(compute: Compute) -> Manifest:
+    """Memory's limit is above its request by /dev/shm, whose pages count against the container."""
+    requests: Manifest = {}
+    limits: Manifest = {}
+    if compute.cpu is not None:
+        requests["cpu"] = compute.cpu
+    if compute.memory is not None:
+        requests["memory"] = compute.memory
+        limits["memory"] = str(total_bytes(compute.memory, compute.shared_memory))
+    if compute.device == "cuda":
+        requests[GPU] = limits[GPU] = str(compute.processes_per_node)
+    return {"requests": requests, "limits": limits}
+
+
+def _volumes(attempt: AttemptOf) -> list[Manifest]:
+    return [
+        {"name": "job", "configMap": {"name": attempt.name}},
+        {"name": "work", "emptyDir": {}},
+        {"name": "home", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        {
+            "name": "shm",
+            "emptyDir": {"medium": "Memory", "sizeLimit": attempt.spec.compute.shared_memory},
+        },
+    ]

@@ -1,0 +1,168 @@
+"""The work queue: each key once, one worker a key, back-off after errors, passes in the future.
+
+``Schedule`` holds the rules and takes the time as an argument; ``Workers`` runs it.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from tempflow_operator.decisions.observed import Key
+from tempflow_operator.settings import Queue
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Entry:
+    due: float | None = None
+    """When the next pass is due; None when none is."""
+    running_since: float | None = None
+    not_before: float = 0.0
+    errors: int = 0
+
+
+@dataclass
+class Schedule:
+    """Which key is due when. Times are seconds on any one clock."""
+
+    settings: Queue
+    random: Random = field(default_factory=Random)
+    _entries: dict[Key, _Entry] = field(default_factory=dict)
+    _heap: list[tuple[float, Key]] = field(default_factory=list)
+    """Entries whose time differs from the key's own are stale and skipped."""
+
+    def add(self, key: Key, now: float, *, delay: float = 0.0) -> None:
+        """Have a pass after ``delay``, unless an earlier one is due already."""
+        entry = self._entries.setdefault(key, _Entry())
+        due = max(now + delay, entry.not_before)
+        if entry.due is None or due < entry.due:
+            entry.due = due
+            if entry.running_since is None:
+                heapq.heappush(self._heap, (due, key))
+
+    def take(self, now: float) -> Key | None:
+        """A key whose pass is due; it is not given out again until it is returned."""
+        while self._heap and self._heap[0][0] <= now:
+            due, key = heapq.heappop(self._heap)
+            entry = self._entries.get(key)
+            if entry is None or entry.due != due or entry.running_since is not None:
+                continue
+            entry.due, entry.running_since = None, now
+            return key
+        return None
+
+    def done(self, key: Key, now: float, *, again_in: float | None) -> None:
+        """The pass ended well."""
+        entry = self._returned(key, now)
+        entry.errors = 0
+        if again_in is not None:
+            self.add(key, now, delay=again_in)
+        if entry.due is None:
+            del self._entries[key]
+
+    def failed(self, key: Key, now: float) -> float:
+        """The pass failed; returns the delay before the next. What was asked for meanwhile waits
+        too: an error is not cured by another event."""
+        entry = self._returned(key, now)
+        steady = self.settings.retry_delay * 2.0 ** min(entry.errors, 32)
+        delay = min(steady, self.settings.retry_delay_limit) * self.random.uniform(0.8, 1.2)
+        entry.errors += 1
+        entry.due, entry.not_before = None, now + delay
+        self.add(key, now, delay=delay)
+        return delay
+
+    def _returned(self, key: Key, now: float) -> _Entry:
+        entry = self._entries[key]
+        entry.running_since = None
+        entry.not_before = now + self.settings.gap
+        if entry.due is not None:
+            entry.due = max(entry.due, entry.not_before)
+            heapq.heappush(self._heap, (entry.due, key))
+        return entry
+
+    def next_due(self) -> float | None:
+        """When ``take`` has something to give at the earliest."""
+        return self._heap[0][0] if self._heap else None
+
+    def depth(self, now: float) -> int:
+        """Keys that are due or in work."""
+        return sum(
+            entry.running_since is not None or (entry.due is not None and entry.due <= now)
+            for entry in self._entries.values()
+        )
+
+    def longest_wait(self, now: float) -> float:
+        """How long the key that waits longest has been due or in work."""
+        since = (
+            entry.due if entry.running_since is None else entry.running_since
+            for entry in self._entries.values()
+        )
+        waits = (now - moment for moment in since if moment is not None)
+        return max(0.0, max(waits, default=0.0))
+
+
+Handler = Callable[[Key], Awaitable[float | None]]
+"""Makes a pass; returns after how many seconds to make another, None for not before an event."""
+
+
+class Workers:
+    """Runs the passes that a schedule asks for."""
+
+    def __init__(
+        self,
+        settings: Queue,
+        handler: Handler,
+        *,
+        clock: Callable[[], float],
+        on_error: Callable[[Key, Exception, float], None],
+    ) -> None:
+        """``on_error`` is told of every failed pass and the delay before the next."""
+        self.schedule = Schedule(settings)
+        self._settings = settings
+        self._handler = handler
+        self._clock = clock
+        self._on_error = on_error
+        self._changed = asyncio.Event()
+
+    def add(self, key: Key, *, delay: float | None = None) -> None:
+        """Ask for a pass soon: after the settings' ``settle``, or after ``delay``."""
+        wait = self._settings.settle if delay is None else delay
+        self.schedule.add(key, self._clock(), delay=wait)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._settings.workers):
+                group.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            key = self.schedule.take(self._clock())
+            if key is None:
+                await self._wait()
+            else:
+                await self._pass(key)
+
+    async def _wait(self) -> None:
+        due = self.schedule.next_due()
+        pause = None if due is None else max(0.0, due - self._clock())
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):  # something is due
+            await asyncio.wait_for(self._changed.wait(), pause)
+
+    async def _pass(self, key: Key) -> None:
+        try:
+            again_in = await self._handler(key)
+        except Exception as error:
+            # The edge: whatever goes wrong in one job's pass is retried and stops no other job.
+            delay = self.schedule.failed(key, self._clock())
+            self._on_error(key, error, delay)
+        else:
+            self.schedule.done(key, self._clock(), again_in=again_in)
+        self._changed.set()

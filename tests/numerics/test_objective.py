@@ -1,0 +1,208 @@
+"""The loss and its gradient: shared forwards, first updates, clipping, the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tempflow_trainer import loop
+from tempflow_trainer.algorithm import loss, sde
+from tempflow_trainer.algorithm.advantages import AdvantageRule, advantages_GSK
+from tempflow_trainer.algorithm.branching import plan
+from tempflow_trainer.algorithm.weighting import weights_S
+from tempflow_trainer.experience import Experience, Objective, of_rollouts
+from tempflow_trainer.models.tuning import FullTuning, Tuning
+from tempflow_trainer.rollout import Walker
+from tests.numerics.schedules import law
+from tests.numerics.test_rollout import collect
+from tests.numerics.toys import Mlp, gradient, run_of, spec_of, still, walker_of
+
+GROUPS = 3
+PROMPTS = [f"prompt {i}" for i in range(GROUPS)]
+
+
+def learned(*, draws: int = 4, steps: int = 6) -> tuple[Experience, Walker, Tuning]:
+    """Transitions of a few groups with random advantages."""
+    model = Mlp()
+    walker, tuning = walker_of(model, steps), FullTuning(model, keep_reference=True)
+    paper = plan(method="tempflow", total_steps=steps, branch_steps=[], draws=draws)
+    rollouts = collect(walker, paper, GROUPS)
+    advantages = torch.randn(
+        GROUPS, len(paper.steps), draws, generator=torch.Generator().manual_seed(3)
+    )
+    weights = weights_S("noise-aware", sde.noise_std_T(walker.schedule, 0.7), paper.steps)
+    return of_rollouts(rollouts, advantages, paper, walker, weights), walker, tuning
+
+
+def gradient_of(
+    objective: Objective, experience: Experience, walker: Walker, tuning: Tuning, rows: int = 1000
+) -> tuple[Tensor, dict[str, float]]:
+    """Gradient of the mean loss, and the sums that came with it."""
+    conditioning = walker.policy.model.encode(PROMPTS)
+    parameters = list(tuning.parameters().values())
+    for parameter in parameters:
+        parameter.grad = None
+    sums: dict[str, float] = {}
+    for batch in experience.micro_batches(rows):
+        found = objective.loss_sums(batch, walker.policy, conditioning, tuning)
+        total = found["policy"] + objective.kl_coefficient * found["kl"]
+        (total / len(experience)).backward()
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), sums
+
+
+def one_row_a_draw(experience: Experience) -> Experience:
+    """The published form: the state repeated for each of its draws."""
+    draws = experience.draws_BKCHW.shape[1]
+    repeated = experience.rows(torch.arange(len(experience)).repeat_interleave(draws))
+    index_B = torch.arange(draws).repeat(len(experience))
+    rows_B = torch.arange(len(repeated))
+    return replace(
+        repeated,
+        draws_BKCHW=repeated.draws_BKCHW[rows_B, index_B][:, None],
+        advantages_BK=repeated.advantages_BK[rows_B, index_B][:, None],
+    )
+
+
+@law
+@given(draws=st.integers(1, 5), kl=st.sampled_from([0.0, 0.5]), rows=st.integers(1, 20))
+def test_one_forward_for_all_draws_has_the_gradient_of_one_forward_each(
+    draws: int, kl: float, rows: int
+) -> None:
+    experience, walker, tuning = learned(draws=draws)
+    objective = Objective(clip_range=1e-4, kl_coefficient=kl)
+    with torch.no_grad():  # away from the reference, so that the divergence has a gradient
+        for parameter in tuning.parameters().values():
+            parameter.add_(0.01)
+    shared, _ = gradient_of(objective, experience, walker, tuning, rows)
+    assert walker.policy.evaluations["training"] == len(experience)
+    repeated, _ = gradient_of(objective, one_row_a_draw(experience), walker, tuning)
+    assert walker.policy.evaluations["training"] == (1 + draws) * len(experience)
+    assert shared.norm() > 0
+    torch.testing.assert_close(shared, repeated, rtol=1e-4, atol=1e-6 * float(shared.norm()))
+
+
+def test_before_the_first_update_the_ratio_is_one_and_the_loss_the_mean_advantage() -> None:
+    experience, walker, tuning = learned()
+    objective = Objective(clip_range=1e-4, kl_coefficient=0.0)
+    _, sums = gradient_of(objective, experience, walker, tuning)
+    expected = -(experience.weight_B[:, None] * experience.advantages_BK).mean(dim=1).sum()
+    assert sums["policy"] == pytest.approx(float(expected), rel=1e-5)
+    assert (sums["clipped"], sums["drift"], sums["kl"]) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 7, 64])
+def test_the_first_of_several_updates_has_a_ratio_of_one_bit_for_bit(rows: int) -> None:
+    """Old log-probabilities come from the forward that training uses: same rows, same calls."""
+    spec = spec_of(
+        {
+            "algorithm.updatesPerEpoch": 2,
+            "algorithm.promptsPerEpoch": 2,
+            "algorithm.seedsPerPrompt": 3,
+            "compute.rowsPerTrainingCall": rows,
+        }
+    )
+    run = still(run_of(spec, Mlp(shape=(3, 8, 8))))
+    metrics = loop.run_epoch(run, 0)
+    # The weights did not move, so this holds for the second update too.
+    assert metrics["ratioDrift"] == 0.0
+    assert metrics["ratioClippedShare"] == 0.0
+
+
+def test_after_a_large_step_ratios_are_clipped() -> None:
+    experience, walker, tuning = learned()
+    objective = Objective(clip_range=1e-4, kl_coefficient=0.0)
+    conditioning = walker.policy.model.encode(PROMPTS)
+    experience = objective.with_old_log_probs(experience, walker.policy, conditioning, 1000)
+    with torch.no_grad():
+        for parameter in tuning.parameters().values():
+            parameter.add_(0.1)
+    _, sums = gradient_of(objective, experience, walker, tuning)
+    assert sums["clipped"] > 0.5 * len(experience)
+    assert sums["drift"] > 0
+
+
+@law
+@given(
+    log_ratio=st.floats(-1, 1),
+    advantage=st.floats(-5, 5),
+    weight=st.floats(0.1, 3),
+    clip=st.floats(1e-5, 0.5),
+)
+def test_the_surrogate_is_the_pessimistic_of_the_two_gains(
+    log_ratio: float, advantage: float, weight: float, clip: float
+) -> None:
+    new = torch.tensor([[log_ratio]], dtype=torch.float64, requires_grad=True)
+    found = loss.surrogate_BK(
+        new,
+        torch.zeros(1, 1, dtype=torch.float64),
+        torch.tensor([[advantage]], dtype=torch.float64),
+        weight_B=torch.tensor([weight]),
+        clip_range=clip,
+    )
+    ratio = float(new.detach().exp())
+    clipped = min(max(ratio, 1 - clip), 1 + clip)
+    assert float(found.detach()) == pytest.approx(
+        max(-weight * ratio * advantage, -weight * clipped * advantage), rel=1e-5, abs=1e-12
+    )
+    (slope,) = torch.autograd.grad(found.sum(), new)
+    gains_more = advantage > 0 and ratio > 1 + clip
+    loses_more = advantage < 0 and ratio < 1 - clip
+    if gains_more or loses_more:
+        assert float(slope) == 0.0
+    share = loss.clipped_share_BK(new.detach(), torch.zeros(1, 1), clip)
+    assert float(share) == float(abs(ratio - 1) > clip)
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.01])
+def test_the_gradient_does_not_depend_on_the_rows_of_a_call(kl_coefficient: float) -> None:
+    found = []
+    for rows in (3, 64):
+        changes: dict[str, object] = {
+            "compute.rowsPerTrainingCall": rows,
+            "algorithm.klCoefficient": kl_coefficient,
+        }
+        run = still(run_of(spec_of(changes)))
+        loop.run_epoch(run, 0)
+        found.append(gradient(run))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6 * float(found[0].norm()))
+
+
+def test_divergence_is_from_the_model_before_training_and_pulls_back_to_it() -> None:
+    experience, walker, tuning = learned()
+    start = torch.cat([p.detach().flatten() for p in tuning.parameters().values()])
+    silent = replace(experience, advantages_BK=torch.zeros_like(experience.advantages_BK))
+    objective = Objective(clip_range=1e-4, kl_coefficient=1.0)
+    _, at_start = gradient_of(objective, silent, walker, tuning)
+    assert at_start["kl"] == 0.0
+    with torch.no_grad():
+        for parameter in tuning.parameters().values():
+            parameter.add_(0.01)
+    pull, moved = gradient_of(objective, silent, walker, tuning)
+    away = torch.cat([p.detach().flatten() for p in tuning.parameters().values()]) - start
+    assert moved["kl"] > 0
+    assert torch.dot(pull, away) > 0
+    assert walker.policy.evaluations["reference"] == 2 * len(experience)
+
+
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_noise_times_advantage_points_along_a_linear_reward(step: int) -> None:
+    """The direction of the update at one step tends to that of the reward as draws grow."""
+    cosines = []
+    for draws in (8, 4096):
+        generator = torch.Generator().manual_seed(step)
+        direction = torch.randn(1, 4, 4, generator=generator)
+        noise = torch.randn(1, 1, draws, 1, 4, 4, generator=generator)
+        rewards = (noise * direction).sum(dim=(3, 4, 5))
+        rule = AdvantageRule(scope="seed", deviation="group", epsilon=1e-4, clip_max=5.0)
+        advantages = advantages_GSK(rewards, torch.tensor([0]), rule)
+        estimate = (noise * advantages[..., None, None, None]).mean(dim=(0, 1, 2))
+        cosines.append(
+            float(torch.cosine_similarity(estimate.flatten(), direction.flatten(), dim=0))
+        )
+    assert cosines[1] > 0.98
+    assert cosines[1] > cosines[0]

@@ -1,0 +1,305 @@
+"""What holds in every history: random failures, crashes of the operator, users and time.
+
+``World`` moves objects the way the Job controller and the kubelet do, in steps that hypothesis
+chooses; the decisions under test are the real ones.
+"""
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tempflow_api.conditions import ConditionType, find, is_true
+from tempflow_api.errors import PERMANENT
+from tempflow_api.status import JobStatus
+from tempflow_operator import settings as configuration
+from tempflow_operator.decisions import plan
+from tempflow_operator.decisions.observed import Snapshot, snapshot, training_job
+from tempflow_operator.decisions.plan import Action, Create
+from tempflow_operator.decisions.status import next_status, stored_form
+from tempflow_operator.reconcile import decide
+from tests.builders import T0, UID, Raw, at, make_gang, make_job, make_pod
+
+SETTINGS = configuration.Settings()
+NODES = 2
+GRACE = 120
+
+
+class World:
+    """The cluster's side."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.job = make_job().nodes(NODES).max_restarts(2).build()
+        self.gangs: dict[str, Raw] = {}
+        self.pods: dict[str, Raw] = {}
+        self.parts: dict[tuple[str, str], Raw] = {}
+        self.lost: set[str] = set()
+        """Pods on a node that is gone: nothing ever changes about them."""
+
+    def seen(self) -> Snapshot:
+        services = [part for (kind, _), part in self.parts.items() if kind == "Service"]
+        maps = [part for (kind, _), part in self.parts.items() if kind == "ConfigMap"]
+        return snapshot(
+            UID,
+            jobs=self.gangs.values(),
+            pods=self.pods.values(),
+            services=services,
+            config_maps=maps,
+        )
+
+    def execute(self, action: Action) -> None:
+        if isinstance(action, Create):
+            manifest: Raw = {**action.manifest}
+            manifest["metadata"] = {**manifest["metadata"], "uid": f"uid-{action.name}"}
+            if action.kind == "Job":
+                known = self.job.get("status", {}).get("attempt", 0)
+                number = int(manifest["metadata"]["labels"]["tempflow.dev/attempt"])
+                assert number > known, "no attempt that status knows is started again"
+                assert action.name not in self.gangs
+                manifest["status"] = {}
+                self.gangs[action.name] = manifest
+            else:
+                self.parts[action.kind, action.name] = manifest
+        elif action.kind == "Job":
+            self.gangs[action.name]["metadata"]["deletionTimestamp"] = at(0)
+        else:
+            del self.parts[action.kind, action.name]
+
+    def pods_of(self, gang: Raw) -> list[Raw]:
+        attempt = gang["metadata"]["labels"]["tempflow.dev/attempt"]
+        pods = self.pods.values()
+        return [p for p in pods if p["metadata"]["labels"]["tempflow.dev/attempt"] == attempt]
+
+    def controllers(self) -> None:
+        """One round of the Job controller and of the garbage collector."""
+        for name, gang in list(self.gangs.items()):
+            self._job_controller(name, gang)
+
+    def _job_controller(self, name: str, gang: Raw) -> None:
+        attempt = int(gang["metadata"]["labels"]["tempflow.dev/attempt"])
+        pods, status = self.pods_of(gang), gang["status"]
+        types = {condition["type"] for condition in status.get("conditions", [])}
+        if "deletionTimestamp" in gang["metadata"]:
+            self._stop(pods)
+            if not pods:
+                del self.gangs[name]
+        elif types & {"Complete", "Failed"}:
+            return
+        elif "FailureTarget" in types or any(p["status"]["phase"] == "Failed" for p in pods):
+            builder = make_gang().with_raw(gang)
+            if "FailureTarget" not in types:
+                builder.failing(self.now)
+            self._stop([p for p in pods if p["status"]["phase"] in ("Pending", "Running")])
+            if all(p["status"]["phase"] in ("Succeeded", "Failed") for p in self.pods_of(gang)):
+                builder.failed(self.now)
+        elif pods and all(p["status"]["phase"] == "Succeeded" for p in pods):
+            make_gang().with_raw(gang).complete(self.now)
+        elif not pods:
+            make_gang().with_raw(gang).started(self.now)
+            for rank in range(NODES):
+                pod = make_pod(attempt, rank).build()
+                self.pods[pod["metadata"]["name"]] = pod
+
+    def _stop(self, pods: list[Raw]) -> None:
+        for pod in pods:
+            pod["metadata"].setdefault("deletionTimestamp", at(self.now + GRACE))
+
+    def kubelets(self) -> None:
+        """Pods start; those that were asked to stop have stopped, and go."""
+        for name, pod in list(self.pods.items()):
+            if name in self.lost:
+                continue
+            if "deletionTimestamp" in pod["metadata"]:
+                del self.pods[name]
+            elif pod["status"]["phase"] == "Pending":
+                make_pod().with_raw(pod).running()
+
+    def live_attempts(self) -> set[int]:
+        """Attempts that may still run: on lost nodes nobody knows, the store's fence holds."""
+        pods = [pod for name, pod in self.pods.items() if name not in self.lost]
+        living = [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+        starting = [
+            gang
+            for gang in self.gangs.values()
+            if not gang["status"].get("conditions") and "deletionTimestamp" not in gang["metadata"]
+        ]
+        labels = [thing["metadata"]["labels"] for thing in (*living, *starting)]
+        return {int(label["tempflow.dev/attempt"]) for label in labels}
+
+
+class Histories(RuleBasedStateMachine):
+    """A job's life."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.world = World()
+        self.status = JobStatus()
+        self.attempt = 0
+        self.finished = False
+        self.ended_by: dict[int, str] = {}
+
+    def one_pass(self, *, actions: int | None = None, write: bool = True) -> list[Action]:
+        """A pass of the operator that may die after some of its calls."""
+        world = self.world
+        job, seen, now = training_job(world.job), world.seen(), T0 + world.now
+        decision = decide(job, seen, now, SETTINGS)
+        for action in decision.actions[:actions]:
+            world.execute(action)
+        if write and actions is None:
+            accounts = decision.intended
+            released = plan.released(accounts, seen, now, SETTINGS.timing)
+            status = next_status(
+                job, seen, accounts, reading=None, obstacle=None, released=released, now=now
+            )
+            world.job["status"], self.status = stored_form(status), status
+        return decision.actions
+
+    @rule()
+    def operator(self) -> None:
+        self.one_pass()
+        conditions = self.status.conditions
+        assert {condition.type for condition in conditions} == {
+            kind.value for kind in ConditionType
+        }
+        generation = self.world.job["metadata"]["generation"]
+        assert all(condition.observed_generation == generation for condition in conditions)
+
+    @rule()
+    def operator_twice(self) -> None:
+        self.one_pass()
+        assert self.one_pass() == [], "a second pass has nothing to do"
+        settled = dict(self.world.job["status"])
+        assert self.one_pass() == []
+        assert self.world.job["status"] == settled, "and nothing to write"
+
+    @rule(calls=st.integers(0, 4))
+    def operator_dies(self, calls: int) -> None:
+        self.one_pass(actions=calls)
+
+    @rule()
+    def operator_dies_before_the_status(self) -> None:
+        self.one_pass(write=False)
+
+    @rule()
+    def controllers(self) -> None:
+        self.world.controllers()
+
+    @rule()
+    def kubelets(self) -> None:
+        self.world.kubelets()
+
+    @rule(seconds=st.sampled_from([1, 10, 60, 400]))
+    def time_passes(self, seconds: int) -> None:
+        if seconds > GRACE:  # kubelets have killed what should have stopped
+            self.world.kubelets()
+        self.world.now += seconds
+
+    def a_pod(self, draw: Any, phase: str) -> Raw | None:
+        pods = [
+            pod
+            for name, pod in sorted(self.world.pods.items())
+            if pod["status"]["phase"] == phase and name not in self.world.lost
+        ]
+        return pods[draw % len(pods)] if pods else None
+
+    @rule(draw=st.integers(0, 7), code=st.sampled_from([1, 83, 90, 137, 85]))
+    def pod_fails(self, draw: int, code: int) -> None:
+        pod = self.a_pod(draw, "Running")
+        if pod is not None:
+            make_pod().with_raw(pod).failed(code, "last words", seconds=self.world.now)
+
+    @rule(draw=st.integers(0, 7))
+    def pod_is_evicted(self, draw: int) -> None:
+        pod = self.a_pod(draw, "Running")
+        if pod is not None:
+            make_pod().with_raw(pod).disrupted().failed(85, seconds=self.world.now)
+
+    @rule(draw=st.integers(0, 7))
+    def node_is_lost(self, draw: int) -> None:
+        pod = self.a_pod(draw, "Running")
+        if pod is not None:
+            make_pod().with_raw(pod).disrupted("DeletionByTaintManager").deleting(
+                self.world.now + GRACE
+            )
+            self.world.lost.add(pod["metadata"]["name"])
+
+    @rule()
+    def node_comes_back(self) -> None:
+        self.world.lost.clear()
+        self.world.kubelets()  # the first thing a kubelet does is to end what is overdue
+
+    @rule()
+    def all_pods_succeed(self) -> None:
+        running = [pod for pod in self.world.pods.values() if pod["status"]["phase"] == "Running"]
+        if len(running) == NODES and not self.world.lost:
+            for pod in running:
+                make_pod().with_raw(pod).succeeded()
+
+    @rule(suspend=st.booleans())
+    def user_suspends_or_resumes(self, suspend: bool) -> None:
+        if self.world.job["spec"]["runPolicy"]["suspend"] != suspend:
+            self.world.job["spec"]["runPolicy"]["suspend"] = suspend
+            self.world.job["metadata"]["generation"] += 1
+
+    @precondition(lambda self: self.world.gangs)
+    @rule()
+    def somebody_deletes_the_gang(self) -> None:
+        gang = self.world.gangs[max(self.world.gangs)]
+        gang["metadata"]["deletionTimestamp"] = at(0)
+
+    @invariant()
+    def at_most_one_attempt_lives(self) -> None:
+        assert len(self.world.live_attempts()) <= 1
+
+    @invariant()
+    def attempts_only_grow(self) -> None:
+        assert self.status.attempt >= self.attempt
+        self.attempt = self.status.attempt
+        numbers = [attempt.number for attempt in self.status.attempts]
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) <= 10
+
+    @invariant()
+    def an_end_is_final(self) -> None:
+        finished = is_true(self.status.conditions, ConditionType.FINISHED)
+        assert finished or not self.finished
+        self.finished = finished
+        if finished:
+            assert not self.world.live_attempts()
+            succeeded = is_true(self.status.conditions, ConditionType.SUCCEEDED)
+            assert succeeded != is_true(self.status.conditions, ConditionType.FAILED)
+
+    @invariant()
+    def endings_are_final_and_counted_by_class(self) -> None:
+        for attempt in self.status.attempts:
+            if attempt.outcome != "Active":
+                known = self.ended_by.setdefault(attempt.number, attempt.outcome)
+                assert known == attempt.outcome
+
+        failed = sum(outcome == "Failed" for outcome in self.ended_by.values())
+        given_up = is_true(self.status.conditions, ConditionType.FAILED)
+        assert self.status.restarts.failures == failed - (1 if given_up and failed else 0)
+        assert self.status.restarts.failures <= 2
+        disrupted = sum(outcome == "Disrupted" for outcome in self.ended_by.values())
+        assert self.status.restarts.disruptions == disrupted
+
+    @invariant()
+    def an_end_has_its_reason(self) -> None:
+        failed = find(self.status.conditions, ConditionType.FAILED)
+        if failed is not None and failed.status == "True":
+            cause = self.status.attempts[-1].failure
+            assert cause is not None
+            permanent = cause.exit_code in PERMANENT
+            assert failed.reason == ("PermanentFailure" if permanent else "RestartsExhausted")
+
+
+def test_histories() -> None:
+    Histories.TestCase.settings = settings(
+        max_examples=200,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    Histories.TestCase("runTest").runTest()

@@ -1,0 +1,140 @@
+"""The families as tests see them: a tiny model of each, its adapter, its own pipeline."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempflow_api.v1alpha1 import JobSpec
+from tempflow_trainer.distributed import Ranks
+from tempflow_trainer.models import families
+from tempflow_trainer.models.base import FlowModel, Policy
+from tempflow_trainer.rollout import Walker
+from tests import tiny_models
+
+CPU = torch.device("cpu")
+ALONE = Ranks(rank=0, local_rank=0, world=1)
+MAX_TEXT_TOKENS = 40
+PROMPTS = ("a three", "an eight")
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with the guidance that its pipeline is asked for."""
+
+    family: str
+    guidance: float
+    negative: str = ""
+    pipeline: Callable[[], Any] | None = None
+    """Makes its tiny pipeline; the digits model has none."""
+
+    def __str__(self) -> str:
+        return self.family
+
+    def source(self, folders: Path) -> str:
+        """Where the model is, saved on first use."""
+        if self.pipeline is None:
+            return "builtin:digits"
+        folder = folders / self.family
+        if not folder.exists():
+            self.pipeline().save_pretrained(folder)
+        return str(folder)
+
+    def size(self) -> tuple[int, int]:
+        """An image size that it can draw."""
+        return (14, 14) if self.pipeline is None else (16, 32)
+
+    def load(self, folders: Path, precision: str = "float32") -> FlowModel:
+        """Its adapter, loaded as a job loads it."""
+        spec = self.spec(folders, precision)
+        return families.load(spec.model, cache=folders, device=CPU)
+
+    def spec(self, folders: Path, precision: str = "float32", tuning: str = "lora") -> JobSpec:
+        """A job of one small epoch; alpha is not the rank."""
+        height, width = self.size()
+        model = {
+            "family": self.family,
+            "source": self.source(folders),
+            "precision": precision,
+            "maxTextTokens": MAX_TEXT_TOKENS,
+            "tuning": tuning,
+        }
+        if tuning == "lora":
+            model["lora"] = {"rank": 4, "alpha": 12}
+        return JobSpec.model_validate(
+            {
+                "model": model,
+                "data": {"prompts": list(PROMPTS)},
+                "sampling": {
+                    "steps": STEPS,
+                    "height": height,
+                    "width": width,
+                    "guidanceScale": self.guidance,
+                    "negativePrompt": self.negative,
+                },
+                "algorithm": {
+                    "promptsPerEpoch": 2,
+                    "seedsPerPrompt": 1,
+                    "branchesPerSeed": 2,
+                    "updatesPerEpoch": 1,
+                    "klCoefficient": 0.01,
+                },
+                "rewards": [{"name": "digit-ink", "weight": 1}],
+                "compute": {"device": "cpu", "rowsPerCall": 8, "rowsPerTrainingCall": 4},
+            }
+        )
+
+    def policy(self, model: FlowModel, guidance: float | None = None) -> Policy:
+        scale = self.guidance if guidance is None else guidance
+        return Policy.of(model, guidance_scale=scale, negative_prompt=self.negative, device=CPU)
+
+    def our_images(self, model: FlowModel, starts_BCHW: Tensor, height: int, width: int) -> Tensor:
+        """Deterministic images of the prompts, [B, 3, height, width]."""
+        walker = Walker(self.policy(model), model.schedule(STEPS, height, width), 0.7, 8)
+        return model.decode(walker.sample(starts_BCHW, model.encode(PROMPTS)))
+
+    def its_images(self, pipeline: Any, starts_BCHW: Tensor, height: int, width: int) -> Tensor:
+        """The same by the family's own pipeline."""
+        pipeline.set_progress_bar_config(disable=True)
+        negative = [self.negative] * len(PROMPTS)
+        by_family: dict[str, dict[str, Any]] = {
+            "sd3": {"guidance_scale": self.guidance, "negative_prompt": negative},
+            "flux": {"guidance_scale": self.guidance},
+            "qwen-image": {"true_cfg_scale": self.guidance, "negative_prompt": negative},
+        }
+        latents = starts_BCHW
+        if self.family != "sd3":
+            latents = pipeline._pack_latents(starts_BCHW, *starts_BCHW.shape)
+        images: Tensor = pipeline(
+            list(PROMPTS),
+            height=height,
+            width=width,
+            num_inference_steps=STEPS,
+            latents=latents,
+            max_sequence_length=MAX_TEXT_TOKENS,
+            output_type="pt",
+            **by_family[self.family],
+        ).images
+        return images
+
+
+DIGITS = Case("digits", guidance=2.0)
+SD3 = Case("sd3", guidance=4.5, pipeline=tiny_models.sd3_pipeline)
+FLUX = Case("flux", guidance=3.5, pipeline=tiny_models.flux_pipeline)
+QWEN = Case("qwen-image", guidance=4.0, negative=" ", pipeline=tiny_models.qwen_pipeline)
+
+
+def plain_pipeline(case: Case, folders: Path) -> Any:
+    """The family's own pipeline, without our code."""
+    assert case.pipeline is not None
+    return type(case.pipeline()).from_pretrained(case.source(folders))
+
+
+def starts(model: FlowModel, height: int, width: int, count: int = len(PROMPTS)) -> Tensor:
+    """Start noises [B, C, H, W]."""
+    shape = model.latent_shape(height, width)
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,92 @@
+"""Whole runs in this process, on a toy: seconds become milliseconds."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tempflow_api import checkpoint_layout as layout
+from tempflow_api.status import Progress
+from tempflow_api.v1alpha1 import JobSpec
+from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.main import evaluator_of
+from tempflow_trainer.metrics import Record
+from tempflow_trainer.session import Session
+from tempflow_trainer.store import FolderStore
+from tests.numerics.toys import prompts_of, run_of
+
+Rows = list[dict[str, Any]]
+# What differs between two runs that learn the same.
+OF_THE_CLOCK = {"time", "seconds", "imagesPerSecond"}
+
+
+def never() -> bool:
+    return False
+
+
+def after(calls: int) -> Callable[[], bool]:
+    """Asks to stop from the given question on; an epoch asks three times."""
+    asked: list[None] = []
+
+    def stop_requested() -> bool:
+        asked.append(None)
+        return len(asked) > calls
+
+    return stop_requested
+
+
+def session_of(
+    spec: JobSpec,
+    folder: Path,
+    *,
+    stop_requested: Callable[[], bool] = never,
+    announce: Callable[[Progress], None] = lambda _progress: None,
+    attempt: int = 0,
+    store: Path | None = None,
+) -> Session:
+    """One attempt of a run that keeps everything in ``folder``, or its checkpoints elsewhere."""
+    run = replace(run_of(spec), stop_requested=stop_requested)
+    staging = folder / "staging"
+    staging.mkdir(parents=True, exist_ok=True)
+    return Session(
+        spec=spec,
+        run=run,
+        evaluator=evaluator_of(spec, run, prompts_of(spec)),
+        checkpoints=Checkpoints(
+            FolderStore(store or folder),
+            staging,
+            attempt,
+            world_size=1,
+            keep_last=spec.checkpoint.keep_last,
+        ),
+        record=Record(folder),
+        announce=announce,
+    )
+
+
+def rows(folder: Path, name: str) -> Rows:
+    """Lines of a record, as strict JSON, without what the clock has a part in."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (folder / name).read_text().splitlines()
+    found = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [{k: v for k, v in row.items() if k not in OF_THE_CLOCK} for row in found]
+
+
+def epochs(folder: Path, name: str) -> list[int]:
+    return [row["epoch"] for row in rows(folder, name)]
+
+
+def final_state(folder: Path) -> State:
+    """What the newest checkpoint of the run holds."""
+    checkpoints = Checkpoints(FolderStore(folder), folder / "staging", 0, 1, 2)
+    newest = checkpoints.newest_sound()
+    assert newest is not None
+    return checkpoints.load(newest)
+
+
+def folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / layout.CHECKPOINTS).iterdir())

@@ -1,0 +1,317 @@
+"""A checkpoint is whole or does not exist, and the newest sound one is found."""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempflow_api import checkpoint_layout as layout
+from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
+from tempflow_trainer import checkpoint
+from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.store import FolderStore, Store
+
+
+def state(epochs: int, size: int = 8) -> State:
+    def values(seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1000 * epochs + seed)
+        return {"a.weight": torch.randn(size, 3, generator=generator)}
+
+    return State(
+        epochs_done=epochs,
+        updates_done=2 * epochs,
+        trained=values(0),
+        average=values(1),
+        optimizer={f"exp_avg/{name}": value for name, value in values(2).items()},
+        totals={"images": 12.0, "seconds.rollout": 0.5},
+    )
+
+
+def export(folder: Path) -> None:
+    (folder / layout.CONFIG).write_text("{}")
+    (folder / layout.ADAPTER).mkdir()
+    (folder / layout.ADAPTER / "weights").write_bytes(b"weights")
+
+
+def of(store: Store, tmp_path: Path, *, attempt: int = 1, keep_last: int = 2) -> Checkpoints:
+    staging = tmp_path / "staging"
+    staging.mkdir(exist_ok=True)
+    return Checkpoints(store, staging, attempt, world_size=1, keep_last=keep_last)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    """In a folder, where files can be damaged by hand."""
+    return of(FolderStore(tmp_path / "store"), tmp_path, keep_last=9)
+
+
+def assert_equal(one: State, other: State) -> None:
+    for part in ("trained", "average", "optimizer"):
+        mine, theirs = getattr(one, part), getattr(other, part)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert (one.epochs_done, one.updates_done) == (other.epochs_done, other.updates_done)
+    assert one.totals == other.totals
+
+
+def test_what_is_saved_is_loaded(store: Store, tmp_path: Path) -> None:
+    found = of(store, tmp_path)
+    folder = found.save(state(3), export)
+    assert folder == f"checkpoints/{layout.folder_name(3, 1)}"
+    assert found.newest_sound() == folder
+    assert_equal(found.load(folder), state(3))
+    assert {f"{folder}/{layout.CONFIG}", f"{folder}/adapter/weights"} < set(store.find(folder))
+    assert not list((tmp_path / "staging").iterdir())
+
+
+def test_a_run_without_checkpoints_has_none(store: Store, tmp_path: Path) -> None:
+    assert of(store, tmp_path).newest_sound() is None
+
+
+def test_the_newest_is_by_step_then_attempt_then_save(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    for epochs, attempt in ((9, 1), (10, 1), (10, 2), (10, 2)):
+        of(store, tmp_path, attempt=attempt, keep_last=9).save(state(epochs), export)
+    found = of(store, tmp_path)
+    assert [folder.removeprefix("checkpoints/") for folder, _ in found.complete()] == [
+        layout.folder_name(10, 2, 2),
+        layout.folder_name(10, 2),
+        layout.folder_name(10, 1),
+        layout.folder_name(9, 1),
+    ]
+
+
+@pytest.mark.parametrize("keep_last", [2, 3])
+def test_only_the_last_ones_are_kept(store: Store, tmp_path: Path, keep_last: int) -> None:
+    found = of(store, tmp_path, keep_last=keep_last)
+    for epochs in range(1, 6):
+        found.save(state(epochs), export)
+        kept = [step for _, step in found.complete()]
+        assert kept == list(range(epochs, max(0, epochs - keep_last), -1))
+    # Nothing of a retired one is left.
+    assert {key.split("/")[1] for key in store.find("checkpoints")} == {
+        layout.folder_name(step, 1) for step in kept
+    }
+
+
+def test_a_run_that_went_back_does_not_retire_what_lies_ahead(tmp_path: Path) -> None:
+    """After a fallback, the newer folders are another attempt's and not this one's to count."""
+    store = FolderStore(tmp_path / "store")
+    for epochs in (1, 2, 3, 4):
+        of(store, tmp_path, keep_last=9).save(state(epochs), export)
+    of(store, tmp_path, attempt=2, keep_last=2).save(state(3), export)
+    assert [step for _, step in of(store, tmp_path).complete()] == [4, 3, 3]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGES: list[Callable[[Path], None]] = [cut, flip_a_bit, empty, Path.unlink]
+STATE_FILES = [
+    f"{layout.STATE}/{name}"
+    for name in (checkpoint.TRAINED, checkpoint.AVERAGE, checkpoint.OPTIMIZER, checkpoint.COUNTERS)
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["cut", "bit", "empty", "missing"])
+@pytest.mark.parametrize("file", STATE_FILES)
+def test_a_damaged_file_makes_the_one_before_the_newest(
+    checkpoints: Checkpoints, tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    before = checkpoints.save(state(1), export)
+    newest = checkpoints.save(state(2), export)
+    damage(tmp_path / "store" / newest / file)
+    assert checkpoints.newest_sound() == before
+    assert_equal(checkpoints.load(before), state(1))
+    with pytest.raises((CheckpointCorrupt, StoreUnavailable)):
+        checkpoints.load(newest)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["cut", "bit", "empty", "missing"])
+def test_a_damaged_manifest_is_no_checkpoint(
+    checkpoints: Checkpoints, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    before = checkpoints.save(state(1), export)
+    newest = checkpoints.save(state(2), export)
+    manifest = tmp_path / "store" / newest / layout.MANIFEST
+    damage(manifest)
+    found = checkpoints.newest_sound()
+    if damage is flip_a_bit and found == newest:
+        # A bit of its time or nonce: the state that it lists is still proven.
+        assert_equal(checkpoints.load(newest), state(2))
+    else:
+        assert found == before
+
+
+def test_when_all_are_damaged_nothing_starts_from_zero(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    for epochs in (1, 2):
+        folder = checkpoints.save(state(epochs), export)
+        cut(tmp_path / "store" / folder / layout.STATE / checkpoint.TRAINED)
+    with pytest.raises(CheckpointCorrupt) as caught:
+        checkpoints.newest_sound()
+    text = str(caught.value)
+    assert text.startswith("none of the newest 2 checkpoints of ")
+    assert text.endswith("; move the run's folder aside to start anew")
+    for epochs in (1, 2):
+        assert layout.folder_name(epochs, 1) in text
+
+
+def test_folders_of_other_names_and_half_written_ones_are_no_checkpoints(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = checkpoints.save(state(1), export)
+    root = tmp_path / "store" / "checkpoints"
+    (root / "notes").mkdir()
+    (root / "notes" / layout.MANIFEST).write_text("{}")
+    half = root / layout.folder_name(2, 1) / layout.STATE
+    half.mkdir(parents=True)
+    (half / checkpoint.TRAINED).write_bytes(b"half")
+    assert [found for found, _ in checkpoints.complete()] == [folder]
+    # The next save of that step keeps clear of what is there.
+    assert checkpoints.save(state(2), export).endswith(layout.folder_name(2, 1, 2))
+
+
+class Interrupted(FolderStore):
+    """A folder that takes so many files and then no more."""
+
+    def __init__(self, root: Path, files: int) -> None:
+        super().__init__(root)
+        self._left = files
+
+    def put(self, file: Path, key: str) -> None:
+        if self._left == 0:
+            raise StoreUnavailable(f"cannot write {key}: full")
+        self._left -= 1
+        super().put(file, key)
+
+
+@pytest.mark.parametrize("files", range(6))
+def test_a_save_that_ends_half_way_leaves_nothing(tmp_path: Path, files: int) -> None:
+    root = tmp_path / "store"
+    sound = of(FolderStore(root), tmp_path).save(state(1), export)
+    before = FolderStore(root).find("")
+    with pytest.raises(StoreUnavailable, match="full"):
+        of(Interrupted(root, files), tmp_path).save(state(2), export)
+    assert FolderStore(root).find("") == before
+    found = of(FolderStore(root), tmp_path)
+    assert found.newest_sound() == sound
+    assert not list((tmp_path / "staging").iterdir())
+
+
+def test_an_export_that_fails_leaves_nothing(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    def failing(_folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreUnavailable, match=r"cannot stage a checkpoint .*No space left"):
+        checkpoints.save(state(1), failing)
+    assert checkpoints.complete() == []
+    assert not list((tmp_path / "staging").iterdir())
+
+
+class Raced(FolderStore):
+    """Another process completes the same folder first."""
+
+    def create(self, key: str, content: bytes) -> bool:
+        if key.endswith(layout.MANIFEST):
+            other = content.replace(b'"nonce": "', b'"nonce": "other')
+            assert super().create(key, other)
+        return super().create(key, content)
+
+
+class LostReply(FolderStore):
+    """The manifest is written, its answer is lost, and the request is repeated."""
+
+    def create(self, key: str, content: bytes) -> bool:
+        super().create(key, content)
+        return super().create(key, content)
+
+
+def test_a_folder_that_another_process_completed_is_not_taken_for_own(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="was completed by another process"):
+        of(Raced(tmp_path / "store"), tmp_path).save(state(1), export)
+
+
+def test_a_lost_reply_is_not_taken_for_another_process(tmp_path: Path) -> None:
+    found = of(LostReply(tmp_path / "store"), tmp_path)
+    assert_equal(found.load(found.save(state(1), export)), state(1))
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more than ``size`` bytes to a file, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 9000])
+def test_a_full_disk_while_staging_is_an_unavailable_store(
+    checkpoints: Checkpoints, tmp_path: Path, limit: int
+) -> None:
+    """Each of the files of the state is 12 kB."""
+    sound = checkpoints.save(state(1), export)
+    with largest_file(limit), pytest.raises(StoreUnavailable, match="cannot stage a checkpoint"):
+        checkpoints.save(state(2, size=1000), export)
+    assert [folder for folder, _ in checkpoints.complete()] == [sound]
+    assert checkpoints.newest_sound() == sound
+    assert not list((tmp_path / "staging").iterdir())
+
+
+def test_a_full_disk_of_the_store_leaves_what_was_complete(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    sound = checkpoints.save(state(1), export)
+    large = tmp_path / "large"
+    large.write_bytes(bytes(20_000))
+    with largest_file(9000), pytest.raises(StoreUnavailable, match="File too large"):
+        checkpoints.store.put(large, "checkpoints/large")
+    with largest_file(0), pytest.raises(StoreUnavailable, match="File too large"):
+        checkpoints.store.create("checkpoints/manifest", b"content")
+    assert checkpoints.newest_sound() == sound
+    assert set(checkpoints.store.find("checkpoints")) == set(checkpoints.store.find(sound))
+
+
+def test_the_optimizer_goes_on_as_if_never_stopped() -> None:
+    def steps(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter, seeds: range) -> None:
+        for seed in seeds:
+            weight.grad = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+
+    whole, parts = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    steps(torch.optim.AdamW([whole], lr=0.1), whole, range(6))
+    first = torch.optim.AdamW([parts], lr=0.1)
+    steps(first, parts, range(3))
+    stored = checkpoint.optimizer_tensors(first, ["w"])
+    second = torch.optim.AdamW([parts], lr=0.1)
+    checkpoint.restore_optimizer(second, ["w"], stored)
+    steps(second, parts, range(3, 6))
+    assert torch.equal(whole, parts)
+
+
+def test_a_restored_optimizer_keeps_the_rate_of_the_job() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    first = torch.optim.AdamW([weight], lr=0.1)
+    first.step()
+    second = torch.optim.AdamW([weight], lr=0.01)
+    checkpoint.restore_optimizer(second, ["w"], checkpoint.optimizer_tensors(first, ["w"]))
+    assert second.param_groups[0]["lr"] == 0.01

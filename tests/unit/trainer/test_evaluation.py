@@ -1,0 +1,144 @@
+"""Evaluations: fixed noise, the ranks' shares, diversity, and the picture of it all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tempflow_trainer.data import Prompt
+from tempflow_trainer.evaluation import Evaluator, diversity, write_grid
+from tempflow_trainer.main import evaluator_of
+from tempflow_trainer.rewards.base import Reward, Term
+from tests.numerics.toys import Brightness, prompts_of, run_of, spec_of
+
+law = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def evaluator(changes: dict[str, object] | None = None) -> Evaluator:
+    spec = spec_of(
+        {"evaluation": {"steps": 4, "prompts": 3, "imagesPerPrompt": 5}, **(changes or {})}
+    )
+    return evaluator_of(spec, run_of(spec), prompts_of(spec))
+
+
+def test_the_same_weights_give_the_same_images() -> None:
+    first, second = evaluator().run(), evaluator().run()
+    assert torch.equal(first.images_PM3HW, second.images_PM3HW)
+    assert torch.equal(first.total, second.total)
+    assert first.images_PM3HW.shape == (3, 5, 3, 2, 2)
+    assert first.images_PM3HW.dtype == torch.uint8
+
+
+def test_noise_is_fixed_for_a_prompt_whatever_else_is_drawn() -> None:
+    many = evaluator()
+    few = replace(many, prompts=many.prompts[1:2], images_per_prompt=2)
+    assert torch.equal(few.run().images_PM3HW[0], many.run().images_PM3HW[1, :2])
+    small_calls = replace(many, walker=replace(many.walker, rows_per_call=2))
+    difference = small_calls.run().images_PM3HW.int() - many.run().images_PM3HW.int()
+    assert difference.abs().max() <= 1  # of 255: rounding of batches of another size
+
+
+def test_images_of_one_prompt_and_of_two_prompts_differ() -> None:
+    images = evaluator().run().images_PM3HW.flatten(2)
+    distinct = {tuple(row.tolist()) for prompt in images for row in prompt}
+    assert len(distinct) == 15
+
+
+def test_held_out_rewards_are_scored_and_not_counted() -> None:
+    plain = evaluator()
+    terms = [Term("brightness", 2.0, Brightness()), Term("judge", 0.0, Brightness())]
+    found = replace(plain, reward=Reward(terms)).run()
+    assert set(found.scores) == {"brightness", "judge"}
+    torch.testing.assert_close(found.total, 2 * found.scores["judge"])
+
+
+def test_only_the_first_prompts_are_evaluated() -> None:
+    assert [p.text for p in evaluator().prompts] == ["a one", "a two", "a three"]
+
+
+def test_metadata_reaches_the_scorer() -> None:
+    seen: list[object] = []
+
+    class Reading(Brightness):
+        def score(
+            self,
+            images_N3HW: torch.Tensor,
+            prompts: Sequence[str],
+            metadata: Sequence[Mapping[str, object]],
+        ) -> torch.Tensor:
+            seen.extend(zip(prompts, metadata, strict=True))
+            return super().score(images_N3HW, prompts, metadata)
+
+    plain = evaluator()
+    prompts = [Prompt(0, "a", {"count": 1}), Prompt(1, "b", {"count": 2})]
+    reward = Reward([Term("reading", 1.0, Reading())])
+    replace(plain, prompts=prompts, images_per_prompt=2, reward=reward).run()
+    assert seen == [("a", {"count": 1})] * 2 + [("b", {"count": 2})] * 2
+
+
+def noise_images(prompts: int, count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (prompts, count, 3, 4, 5), generator=generator, dtype=torch.uint8)
+
+
+@law
+@given(prompts=st.integers(1, 4), count=st.integers(2, 30), seed=st.integers(0, 2**32 - 1))
+def test_diversity_is_the_mean_distance_of_pairs(prompts: int, count: int, seed: int) -> None:
+    images = noise_images(prompts, count, seed)
+    scaled = images.double() / 255
+    distances = [
+        float((scaled[p, i] - scaled[p, j]).square().mean().sqrt())
+        for p in range(prompts)
+        for i in range(count)
+        for j in range(i)
+    ]
+    assert diversity(images) == pytest.approx(sum(distances) / len(distances), rel=1e-4)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    assert diversity(images[:, order]) == pytest.approx(diversity(images), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 8, 64])
+def test_equal_images_have_no_diversity(count: int) -> None:
+    images = noise_images(2, 1, seed=0).expand(-1, count, -1, -1, -1)
+    assert diversity(images) == pytest.approx(0, abs=1e-6)
+
+
+def test_black_and_white_are_as_far_apart_as_can_be() -> None:
+    images = torch.zeros(1, 2, 3, 4, 4, dtype=torch.uint8)
+    images[0, 1] = 255
+    assert diversity(images) == pytest.approx(1)
+
+
+def test_one_image_has_no_diversity() -> None:
+    assert diversity(noise_images(2, 1, seed=0)) is None
+
+
+@pytest.mark.parametrize(("side", "enlarged"), [(14, 56), (8, 56), (60, 60)])
+def test_a_grid_shows_every_image_without_smoothing(
+    tmp_path: Path, side: int, enlarged: int
+) -> None:
+    images = torch.randint(0, 256, (2, 3, 3, side, side), dtype=torch.uint8)
+    file = tmp_path / "grids" / "epoch-000001.png"
+    write_grid(images, ["a one", "a very long prompt that does not fit"], file)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    grid = Image.open(file).convert("RGB")
+    cell = enlarged + 2
+    assert grid.size == (120 + 3 * cell, 2 * cell)
+    factor = enlarged // side
+    for row in range(2):
+        for column in range(3):
+            for y, x in ((0, 0), (side - 1, side // 2)):
+                place = (120 + column * cell + x * factor, row * cell + y * factor)
+                assert grid.getpixel(place) == tuple(images[row, column, :, y, x].tolist())
+
+
+def test_a_grid_replaces_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "grid.png"
+    for value in (0, 255):
+        write_grid(torch.full((1, 1, 3, 56, 56), value, dtype=torch.uint8), [""], file)
+    assert Image.open(file).convert("RGB").getpixel((130, 10)) == (255, 255, 255)

@@ -1,0 +1,159 @@
+"""The weighted sum of scorers, and what is said of one that fails."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from tempflow_api.errors import RewardFailed
+from tempflow_api.v1alpha1 import RewardTerm
+from tempflow_trainer.rewards import registry
+from tempflow_trainer.rewards.base import Reward, Term
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Gives what it was told to, and remembers the sizes of its calls."""
+
+    values: Tensor
+    batch_size: int = 100
+    calls: list[int] = field(default_factory=list)
+
+    def score(
+        self,
+        images_N3HW: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, object]],
+    ) -> Tensor:
+        assert len(images_N3HW) == len(prompts) == len(metadata)
+        done = sum(self.calls)
+        self.calls.append(len(prompts))
+        return self.values[done : done + len(prompts)]
+
+
+@dataclass(frozen=True)
+class Failing:
+    batch_size: int = 100
+
+    def score(
+        self,
+        images_N3HW: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, object]],
+    ) -> Tensor:
+        raise RuntimeError("the server is away")
+
+
+def score(reward: Reward, count: int = 3, *, held_out: bool = False) -> dict[str, Tensor]:
+    prompts = [f"prompt {i}" for i in range(count)]
+    return reward.score(torch.zeros(count, 3, 2, 2), prompts, [{}] * count, held_out=held_out)
+
+
+def test_the_reward_is_the_weighted_sum_of_what_is_not_held_out() -> None:
+    reward = Reward(
+        [
+            Term("a", 2.0, Fixed(torch.tensor([1.0, 2.0, 3.0]))),
+            Term("b", -1.0, Fixed(torch.tensor([0.5, 0.0, 1.0]))),
+            Term("c", 0.0, Fixed(torch.tensor([9.0, 9.0, 9.0]))),
+        ]
+    )
+    scores = score(reward, held_out=True)
+    assert list(scores) == ["a", "b", "c"]
+    assert reward.total(scores).tolist() == [1.5, 4.0, 5.0]
+
+
+def test_what_is_held_out_is_not_even_asked_in_training() -> None:
+    held_out = Fixed(torch.zeros(3))
+    reward = Reward([Term("a", 1.0, Fixed(torch.ones(3))), Term("judge", 0.0, held_out)])
+    assert list(score(reward)) == ["a"]
+    assert held_out.calls == []
+
+
+def test_a_scorer_is_never_given_more_than_its_batch() -> None:
+    scorer = Fixed(torch.arange(8.0), batch_size=3)
+    scores = score(Reward([Term("a", 1.0, scorer)]), count=8)
+    assert scorer.calls == [3, 3, 2]
+    assert scores["a"].tolist() == list(range(8))
+
+
+def test_scores_are_float32_and_carry_no_gradient() -> None:
+    values = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    found = score(Reward([Term("a", 1.0, Fixed(values))]))["a"]
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("value", "word"), [(torch.nan, "nan"), (torch.inf, "inf")])
+def test_a_score_that_is_not_finite_names_reward_and_prompt(value: float, word: str) -> None:
+    reward = Reward([Term("a", 1.0, Fixed(torch.tensor([0.0, value, 0.0])))])
+    with pytest.raises(RewardFailed) as caught:
+        score(reward)
+    assert str(caught.value) == (
+        f"reward a gave {word} for an image of prompt 'prompt 1'; a score must be finite"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"), [(torch.zeros(2), "[2]"), (torch.zeros(3, 1), "[3, 1]")]
+)
+def test_another_number_of_scores_is_refused(values: Tensor, shape: str) -> None:
+    with pytest.raises(RewardFailed) as caught:
+        score(Reward([Term("a", 1.0, Fixed(values))]))
+    assert str(caught.value) == (
+        f"reward a gave scores of shape {shape}, expected one score for each of 3 images"
+    )
+
+
+def test_a_scorer_that_fails_is_named_and_never_counted_as_zero() -> None:
+    with pytest.raises(RewardFailed) as caught:
+        score(Reward([Term("remote", 1.0, Failing())]))
+    assert str(caught.value) == "reward remote: the server is away"
+
+
+def test_every_built_in_reward_can_be_built_by_its_name() -> None:
+    terms = [RewardTerm(name=name) for name in registry.REWARDS]
+    assert [term.name for term in registry.build(terms).terms] == list(registry.REWARDS)
+
+
+def build(**term: object) -> Reward:
+    return registry.build([RewardTerm.model_validate(term)])
+
+
+def test_parameters_reach_the_scorer_with_their_types() -> None:
+    reward = build(name="digit-ink", parameters={"target": "0.25", "batch_size": "7"})
+    scorer = reward.terms[0].scorer
+    assert scorer.batch_size == 7
+    quarter_full = torch.full((1, 3, 14, 14), 0.25 * (20 / 28) ** 2)
+    assert float(scorer.score(quarter_full, ["a one"], [{}])) == pytest.approx(0, abs=1e-6)
+
+
+HAS = "This version has digit-log-probability"
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            {"name": "digit-inc"},
+            f"spec.rewards[0].name: no reward 'digit-inc'; did you mean 'digit-ink'? {HAS}",
+        ),
+        ({"name": "zzz"}, f"spec.rewards[0].name: no reward 'zzz'. {HAS}"),
+        (
+            {"name": "digit-ink", "parameters": {"goal": "1"}},
+            "spec.rewards[0].parameters.goal: digit-ink has no such parameter; it has target, ",
+        ),
+        (
+            {"name": "digit-ink", "parameters": {"target": "much"}},
+            "spec.rewards[0].parameters.target: got 'much', expected float",
+        ),
+    ],
+    ids=["near name", "far name", "unknown parameter", "value of another type"],
+)
+def test_a_term_that_does_not_fit_says_what_would(term: dict[str, object], message: str) -> None:
+    with pytest.raises(RewardFailed) as caught:
+        build(**term)
+    assert str(caught.value).startswith(message)
+    for name in registry.REWARDS if HAS in message else []:
+        assert name in str(caught.value)
