@@ -77,3 +77,8 @@ def test_documents_name_what_exists(document: Path) -> None:
 def test_no_module_is_a_drawer() -> None:
     drawers = {"utils", "helpers", "common", "misc", "core", "manager", "processor"}
     assert not [relative(f) for f in SOURCES if f.stem in drawers or f.parent.name in drawers]
+
+
+def test_the_example_is_the_preset() -> None:
+    preset = ROOT / "sdk/tempflow/presets/digits.yaml"
+    assert (ROOT / "examples/digits.yaml").read_text() == preset.read_text()
