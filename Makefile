@@ -30,7 +30,7 @@ demo: setup ## Train the digits model for two minutes and draw with the result
 	$(VENV)/bin/tempflow sample runs/digits --prompt "a three" --prompt "a seven" --out runs/digits/sample.png
 
 test: setup ## The tests that need nothing but Python packages
-	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -m "not faults and not cluster"
+	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m "not faults and not cluster"
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
 	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -m faults tests/faults
@@ -59,6 +59,10 @@ lock: ## Resolve requirements.lock anew, for all platforms at once
 	$(COMPILE) --extra operator -c requirements.lock pyproject.toml -o requirements-operator.lock
 	$(COMPILE) --extra trainer -c requirements.lock pyproject.toml -o requirements-trainer.lock
 	printf 'hatchling>=1.27\nuv>=0.13\n' | $(COMPILE) -c requirements.lock - -o requirements-build.lock
+	@for platform in x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu aarch64-apple-darwin; do \
+		echo "resolves on $$platform:"; MACOSX_DEPLOYMENT_TARGET=14.0 $(VENV)/bin/uv pip install -q --dry-run \
+		--target .cache/none --python-platform $$platform --python-version 3.11 --only-binary :all: \
+		--require-hashes -r requirements.lock && echo yes || exit 1; done
 
 images: ## Build the operator's and the trainer's image with docker, podman or buildah
 	tools/images.sh build
