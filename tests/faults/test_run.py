@@ -128,6 +128,16 @@ def test_ctrl_c_commits_and_the_same_command_continues(job: Path, undisturbed: s
     assert adapter_digest(folder(job)) == undisturbed
 
 
+def test_ctrl_c_while_it_starts(job: Path) -> None:
+    process = start(job)
+    wait_for(lambda: len(ranks_of(process)) > 0, process)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == ExitCode.INTERRUPTED, output
+    assert "memory" not in output
+    assert not processes_of(job)
+
+
 def test_a_killed_rank_is_one_error_and_the_run_continues(job: Path) -> None:
     process = start(job, "--set", "spec.compute.processesPerNode=2")
     wait_for(lambda: len(committed(folder(job))) > 0, process)

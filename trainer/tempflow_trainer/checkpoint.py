@@ -167,13 +167,14 @@ class Checkpoints:
 
         Raises:
             CheckpointCorrupt: there are checkpoints, and the newest few are all damaged.
+            StoreUnavailable: the store does not answer; that says nothing about a checkpoint.
         """
         failures = []
         for folder, _ in self.complete()[:MOST_FALLBACKS]:
             try:
                 self.load(folder)
                 return folder
-            except (CheckpointCorrupt, StoreUnavailable) as error:
+            except CheckpointCorrupt as error:
                 log.warning("checkpoint skipped: %s", error)
                 failures.append(str(error))
         if failures:
@@ -191,10 +192,13 @@ class Checkpoints:
             CheckpointCorrupt: a file that is missing, cut or changed.
         """
         local = self.staging / f"load-{uuid.uuid4().hex}"
+        there = self.store.find(folder)
         try:
             for file in self._read_manifest(folder).files:
                 if not file.path.startswith(f"{layout.STATE}/"):
                     continue
+                if f"{folder}/{file.path}" not in there:
+                    raise CheckpointCorrupt(f"{folder}/{file.path} is missing")
                 self.store.get(f"{folder}/{file.path}", local / file.path)
                 if _describe(local, local / file.path) != file:
                     raise CheckpointCorrupt(f"{folder}/{file.path} differs from its manifest")

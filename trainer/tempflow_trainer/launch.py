@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,16 +131,30 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
     results = work / "ranks"
     shutil.rmtree(results, ignore_errors=True)
     rendezvous = Rendezvous.of(job, environment)
+    requests: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _frame: requests.append(received))
     child = subprocess.Popen(rendezvous.command(), env=_child_environment(job, environment))
-
-    def forward(_number: int, _frame: types.FrameType | None) -> None:
-        child.send_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGINT, forward)
-    status = child.wait()
+    status = _wait(child, requests)
     shutil.rmtree(work / "staging", ignore_errors=True)
-    return how_it_ended(status, results, rendezvous)
+    code, message = how_it_ended(status, results, rendezvous)
+    if requests and not list(results.glob("rank-*.json")):
+        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
+    return code, message
+
+
+def _wait(child: subprocess.Popen[bytes], requests: list[int]) -> int:
+    """Until the child ends; a request to stop is passed on, as SIGTERM, once."""
+    passed_on = False
+    while True:
+        if requests and not passed_on:
+            child.send_signal(signal.SIGTERM)
+            passed_on = True
+        try:
+            # A signal does not end this wait, so it is a short one.
+            return child.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> dict[str, str]:

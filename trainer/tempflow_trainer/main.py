@@ -1,5 +1,6 @@
 """One rank of a run: read the job, build its parts, train, and end with the right code."""
 
+import errno
 import json
 import logging
 import os
@@ -225,6 +226,8 @@ def _judge(error: Exception) -> tuple[ExitCode, str]:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text:
         return ExitCode.RANK_DIED, f"lost a peer: {text}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return ExitCode.STORE, f"cannot write {error.filename or 'the record'}: {error.strerror}"
     if isinstance(error, torch.OutOfMemoryError):
         return ExitCode.DEVICE, (
             "out of GPU memory; lower spec.compute.rowsPerCall (rollout) or "

@@ -18,7 +18,10 @@ def derive(run_seed: int, *what: int | str) -> int:
 
 
 def generator(run_seed: int, *what: int | str) -> torch.Generator:
-    """A CPU generator, so that the numbers are the same on every device."""
+    """A CPU generator, so that the numbers are the same on every device.
+
+    Torch keeps the low 32 bits of the seed: two given draws are equal with a chance of 2^-32.
+    """
     return torch.Generator().manual_seed(derive(run_seed, *what))
 
 

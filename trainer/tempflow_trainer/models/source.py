@@ -7,6 +7,7 @@ from typing import Any
 
 import fsspec
 import torch
+from botocore.exceptions import BotoCoreError
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
@@ -67,7 +68,7 @@ def _fetch(source: str, cache: Path) -> Path:
             file = partial / key.removeprefix(prefix).lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(key, str(file))
-    except OSError as error:
+    except (OSError, BotoCoreError) as error:
         raise ModelUnavailable(f"spec.model.source: {source} cannot be read: {error}") from error
     if not found:
         raise ModelUnavailable(f"spec.model.source: there is nothing at {source}")

@@ -168,7 +168,8 @@ def load_result(model: FlowModel, folder: Path) -> None:
     if adapter.is_file():
         _load_adapter(model, adapter)
     elif transformer.is_dir():
-        model.transformer = type(model.transformer).from_pretrained(transformer).eval()
+        trained = type(model.transformer).from_pretrained(transformer)
+        model.transformer = trained.to(model.transformer.device).eval()
     else:
         raise ModelUnavailable(
             f"{folder} holds no result: expected {layout.ADAPTER}/{LORA_FILE} or "
