@@ -17,7 +17,7 @@ from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy
 from tempflow_trainer.models.sd3 import Sd3
-from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning, load_result
+from tempflow_trainer.models.tuning import LORA_FILE, FullTuning, LoraTuning, Tuning, load_result
 from tests.numerics.toys import ALONE, CPU, spec_of
 from tests.tiny_models import sd3_pipeline
 
@@ -271,3 +271,12 @@ def test_every_precision_trains_float32_weights(family: str, kind: str, dtype: t
     assert any(not torch.equal(before[name], p) for name, p in after.items())
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert run.policy.evaluations["reference"] == 2 * 4 * 2  # groups, steps, guidance
+
+
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    tuning = LoraTuning(model_of("digits"), Lora(rank=4, alpha=8), 0)
+    files = set()
+    for number in range(8):
+        tuning.export(tmp_path / str(number))
+        files.add((tmp_path / str(number) / layout.ADAPTER / LORA_FILE).read_bytes())
+    assert len(files) == 1

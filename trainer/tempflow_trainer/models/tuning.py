@@ -125,10 +125,9 @@ class LoraTuning(Tuning):
         save_file(
             {f"transformer.{k}": v.detach().cpu().contiguous() for k, v in update.items()},
             target / LORA_FILE,
-            metadata={
-                "format": "pt",
-                "lora_adapter_metadata": json.dumps(metadata, sort_keys=True),
-            },
+            # One entry only: safetensors writes several in random order, and equal weights would
+            # give unequal files.
+            metadata={"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
         )
 
 
