@@ -1,6 +1,6 @@
 """Lines of a run's record, complete, with the figures that a test cares about."""
 
-from tempflow_api.record import Evaluation, Metrics, Spread
+from tempflow_api.record import Evaluation, Metrics, Spread, Summary
 
 TIME = "2026-01-31T12:00:00Z"
 
@@ -37,4 +37,18 @@ def make_evaluation(epoch: int, reward: float) -> Evaluation:
         diversity=0.25,
         images=8,
         grid=None,
+    )
+
+
+def make_summary(result: str) -> Summary:
+    return Summary(
+        epochs=4,
+        reward_before=Spread(mean=-2.0, std=0.5),
+        reward_after=Spread(mean=-1.0, std=0.25),
+        rewards={},
+        diversity=None,
+        evaluations=71_400,
+        images=21_600,
+        peak_memory_bytes=640_000_000,
+        result=result,
     )

@@ -182,11 +182,18 @@ def summary_lines(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> list[
     width = max(len(label) for label, _ in rows)
     lines = [f"{name}: done, {summary.epochs} epochs"]
     lines += [f"  {label:<{width}}  {value}" for label, value in rows]
-    return [*lines, f"next: {sample_command(job, folder)}"]
+    return [*lines, f"next: {next_command(job, summary, folder)}"]
 
 
-def sample_command(job: TempFlowGRPOJob, folder: Path) -> str:
-    """The command that draws with the result of a run."""
+def next_command(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> str:
+    """The command that draws with the result of a run, or first gets it here."""
+    if summary.result.startswith("s3://"):
+        run = summary.result.partition(f"/{layout.CHECKPOINTS}/")[0]
+        endpoint = job.spec.checkpoint.endpoint_url
+        options = ["--endpoint-url", endpoint] if endpoint else []
+        return shlex.join(["tempflow", "pull", run, *options])
+    if job.spec.checkpoint.uri is not None:
+        folder = Path(summary.result)
     prompt = job.spec.data.prompts[0] if job.spec.data.prompts else "YOUR PROMPT"
     words = ["tempflow", "sample", str(folder), "--prompt", prompt, "--out", "grid.png"]
     return shlex.join(words)

@@ -176,7 +176,7 @@ def test_a_full_disk_keeps_what_was_complete(job: Path, tmp_path: Path) -> None:
     # A disk of its own, seen by this process and its children only. What it held is copied out
     # before it disappears with them.
     script = (
-        f"mount -t tmpfs -o size=900k tmpfs {store} && {{ {' '.join(command)}; code=$?; "
+        f"mount -t tmpfs -o size=500k tmpfs {store} && {{ {' '.join(command)}; code=$?; "
         f"cp -r {store} {tmp_path}/seen; exit $code; }}"
     )
     done = subprocess.run(

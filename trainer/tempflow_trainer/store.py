@@ -8,6 +8,8 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import s3fs
@@ -73,24 +75,22 @@ class FolderStore(Store):
 
     def put(self, file: Path, key: str) -> None:
         try:
-            partial = self._partial(key)
-            shutil.copyfile(file, partial)
-            _flush(partial)
-            partial.replace(self._root / key)
+            with self._partial(key) as partial:
+                shutil.copyfile(file, partial)
+                _flush(partial)
+                partial.replace(self._root / key)
         except OSError as error:
             raise self._unavailable("write", key, error) from error
 
     def create(self, key: str, content: bytes) -> bool:
         try:
-            partial = self._partial(key)
-            partial.write_bytes(content)
-            _flush(partial)
-            try:
-                os.link(partial, self._root / key)
-            except FileExistsError:
-                return False
-            finally:
-                partial.unlink()
+            with self._partial(key) as partial:
+                partial.write_bytes(content)
+                _flush(partial)
+                try:
+                    os.link(partial, self._root / key)
+                except FileExistsError:
+                    return False
         except OSError as error:
             raise self._unavailable("write", key, error) from error
         return True
@@ -124,10 +124,16 @@ class FolderStore(Store):
         except OSError as error:
             raise self._unavailable("delete", keys[0], error) from error
 
-    def _partial(self, key: str) -> Path:
+    @contextmanager
+    def _partial(self, key: str) -> Iterator[Path]:
+        """A name beside the key's file to write to first; nothing of it remains."""
         target = self._root / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        return target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _unavailable(self, action: str, key: str, error: OSError) -> StoreUnavailable:
         return StoreUnavailable(f"cannot {action} {self._root / key}: {error.strerror or error}")

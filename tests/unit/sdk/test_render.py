@@ -8,9 +8,9 @@ from rich.console import Console
 
 from tempflow.local import Outcome
 from tempflow.manifest import parse_text
-from tempflow.render import PlainWatcher, ending, live_view, sample_command
+from tempflow.render import PlainWatcher, ending, live_view, next_command
 from tempflow_api.status import Progress
-from tests.records import make_evaluation, make_metrics
+from tests.records import make_evaluation, make_metrics, make_summary
 from tests.unit.sdk.manifests import VALID, edited
 
 JOB = parse_text(VALID, "job.yaml").job
@@ -97,6 +97,19 @@ class TestEnding:
 )
 def test_the_next_command_can_be_pasted(prompt: str, shown: str) -> None:
     job = parse_text(edited(("      - a three", f'      - "{prompt}"')), "job.yaml").job
-    assert sample_command(job, Path("my runs/demo")) == (
+    assert next_command(job, make_summary("my runs/demo/checkpoints/x"), Path("my runs/demo")) == (
         f"tempflow sample 'my runs/demo' --prompt {shown} --out grid.png"
     )
+
+
+def test_the_next_command_finds_a_result_that_lies_elsewhere() -> None:
+    elsewhere = parse_text(VALID, "job.yaml", ["spec.checkpoint.uri=/data"]).job
+    here = make_summary("/data/demo/checkpoints/x")
+    assert next_command(elsewhere, here, Path("runs/demo")).startswith(
+        "tempflow sample /data/demo/checkpoints/x "
+    )
+    overrides = ["spec.checkpoint.uri=s3://bucket/a", "spec.checkpoint.endpointUrl=http://s3:9000"]
+    remote = parse_text(VALID, "job.yaml", overrides).job
+    assert next_command(
+        remote, make_summary("s3://bucket/a/demo/checkpoints/x"), Path("runs/demo")
+    ) == ("tempflow pull s3://bucket/a/demo --endpoint-url http://s3:9000")
