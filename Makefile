@@ -8,7 +8,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --gen
 # One thread a process: torch's threads spin while they wait, which slows tests that run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-faults check generate lock images push-images clean
+.PHONY: help setup demo test test-faults test-cluster cluster cluster-down check generate lock images push-images clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -34,6 +34,17 @@ test: setup ## The tests that need nothing but Python packages
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
 	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -m faults tests/faults
+
+cluster: setup ## A real two-node Kubernetes on this machine (Linux, root), built once
+	$(RUN) tests/cluster/build.py
+	$(RUN) tests/cluster/cluster.py up
+
+cluster-down: ## End it; nothing is left behind
+	$(RUN) tests/cluster/cluster.py down
+
+test-cluster: setup ## The operator in pods on that cluster: images, chart, jobs, faults
+	$(RUN) tests/cluster/build.py
+	$(RUN) tests/budget.py --name cluster --minutes 30 -- $(RUN) -m pytest -q -x -m cluster tests/cluster
 
 check: setup ## Format, types, imports, generated files
 	$(RUN) tests/budget.py --name check --minutes 3 -- $(MAKE) --no-print-directory check-all

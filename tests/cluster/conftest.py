@@ -1,4 +1,4 @@
-"""Fixtures of the cluster tests: the cluster, a namespace, an S3 server."""
+"""Fixtures of the cluster tests: the cluster, a namespace, an S3 server, the installed project."""
 
 import os
 import platform
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import target
+from tests.cluster import project_images, target
 from tests.cluster.cluster import down, ensure_up
 from tests.cluster.layout import DEFAULT_STATE, StateFolder
 from tests.cluster.s3 import S3Server
+from tests.cluster.scenario import Release
 from tests.cluster.target import KUBECONFIG_VARIABLE, Target
 from tests.cluster.waiting import Say, progress_lines
 
@@ -74,3 +75,18 @@ def s3(cluster: Target, say: Say) -> Iterator[S3Server]:
     server.start()
     yield server
     server.kill()  # nothing of its data is needed any more
+
+
+@pytest.fixture(scope="session")
+def release(cluster: Target, say: Say) -> Iterator[Release]:
+    """The chart, installed with images built from this working copy."""
+    ours = cluster.our_own()
+    images = project_images.build(say)
+    project_images.bring_in(ours, images.operator, say)
+    project_images.bring_in(ours, images.trainer, say)
+    release = Release(cluster)
+    release.install(images)
+    say("chart installed")
+    yield release
+    release.save_logs(ours.state.logs)
+    release.uninstall()

@@ -80,15 +80,29 @@ def wait_containerd(ledger: Ledger, node: Node) -> None:
 
 def load_image(state: StateFolder, archive: Path) -> None:
     """Import a docker or OCI archive into both nodes, at the same time: unpacking uses one core."""
-
-    def load(node: Node) -> None:
-        done = _ctr(state, node, "images", "import", str(archive))
-        if done.returncode != 0:
-            why = done.stderr.strip()[-300:]
-            raise ClusterError(f"import of {archive} into {node.name} failed: {why}")
-
     with ThreadPoolExecutor(len(NODES)) as threads:
-        list(threads.map(load, NODES))
+        list(threads.map(lambda node: import_image(state, node, archive), NODES))
+
+
+def import_image(state: StateFolder, node: Node, archive: Path) -> None:
+    """Import a docker or OCI archive into one node."""
+    done = _ctr(state, node, "images", "import", str(archive))
+    if done.returncode != 0:
+        why = done.stderr.strip()[-300:]
+        raise ClusterError(f"import of {archive} into {node.name} failed: {why}")
+
+
+def holds_image(state: StateFolder, node: Node, image: str, image_id: str) -> bool:
+    """Whether the node has the image of that name with that id, the digest of its configuration."""
+    # "NAME TYPE DIGEST ...", below a heading.
+    listed = _ctr(state, node, "images", "list", f"name=={image}").stdout.splitlines()[1:]
+    if not listed:
+        return False
+    manifest = _ctr(state, node, "content", "get", listed[0].split()[2])
+    if manifest.returncode != 0:
+        return False
+    known: str = json.loads(manifest.stdout)["config"]["digest"]
+    return known == f"sha256:{image_id}"
 
 
 def start_proxy(ledger: Ledger, node: Node, binaries: Path) -> None:

@@ -12,6 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
 from tests.cluster.layout import BRIDGE_ADDRESS, LOOPBACK, S3_PORT, StateFolder
@@ -36,6 +37,11 @@ _INNER_PORTS = {
 }
 
 
+class Keys(NamedTuple):
+    access_key: str
+    secret_key: str
+
+
 @dataclass(frozen=True)
 class S3Server:
     """One server beside a cluster, and in its ledger: `down` ends it too."""
@@ -44,6 +50,9 @@ class S3Server:
     program: Path
     access_key: str
     secret_key: str
+    user: "Keys"
+    """Of somebody who reads and writes, but to whom a bucket that is missing stays missing: for an
+    administrator the server makes it."""
 
     @property
     def _ledger(self) -> Ledger:
@@ -134,16 +143,23 @@ def server(state: StateFolder, program: Path) -> S3Server:
     state.s3.mkdir(parents=True, mode=0o700, exist_ok=True)
     config = _identities(state.s3)
     if not config.exists():
-        keys = {"accessKey": secrets.token_hex(8), "secretKey": secrets.token_hex(16)}
-        identity = {
-            "name": "tempflow-test",
-            "credentials": [keys],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
+        work = ["Read", "Write", "List", "Tagging"]
+        identities = [
+            _identity("tempflow-test", ["Admin", *work]),
+            _identity("tempflow-user", work),
+        ]
         config.touch(mode=0o600)
-        config.write_text(json.dumps({"identities": [identity]}))
-    keys = json.loads(config.read_text())["identities"][0]["credentials"][0]
-    return S3Server(state, program, keys["accessKey"], keys["secretKey"])
+        config.write_text(json.dumps({"identities": identities}))
+    admin, user = (
+        Keys(identity["credentials"][0]["accessKey"], identity["credentials"][0]["secretKey"])
+        for identity in json.loads(config.read_text())["identities"]
+    )
+    return S3Server(state, program, admin.access_key, admin.secret_key, user)
+
+
+def _identity(name: str, actions: list[str]) -> dict[str, object]:
+    keys = {"accessKey": secrets.token_hex(8), "secretKey": secrets.token_hex(16)}
+    return {"name": name, "credentials": [keys], "actions": actions}
 
 
 def request(method: str, url: str, body: bytes | None = None) -> tuple[int, bytes]:

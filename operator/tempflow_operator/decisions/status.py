@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tempflow_api.conditions import ConditionType, Reason, phase_of, set_condition
+from tempflow_api.naming import run_folder
 from tempflow_api.status import Condition, JobStatus, LastCheckpoint, Progress, Replicas
 from tempflow_operator.decisions import failure, instants
 from tempflow_operator.decisions.ledger import Ledger
@@ -57,8 +58,8 @@ def next_status(
     """
     old = job.status
     pods = seen.pods_of(ledger.attempt)
-    progress = _progress(old, ledger, reading)
-    checkpoint = _checkpoint(old.checkpoint, progress)
+    progress = _progress(job, ledger, reading)
+    checkpoint = _checkpoint(job, ledger, progress)
     current = ledger.current
     facts = {
         ConditionType.SUSPENDED: _suspended(job, seen, ledger),
@@ -221,24 +222,43 @@ def _told(pod: str, message: str) -> str:
     return f"pod {pod}: {' '.join(message.split())}"
 
 
-def _progress(old: JobStatus, ledger: Ledger, reading: Reading | None) -> Progress | None:
-    progress = old.progress
+def _progress(job: TrainingJob, ledger: Ledger, reading: Reading | None) -> Progress | None:
+    progress = job.status.progress
     if reading is not None and reading.progress is not None and ledger.attempt:
         progress = reading.progress
     if progress is not None and ledger.end is not None and ledger.end.succeeded:
         # The pods are gone before they could be asked a last time; their success says as much.
-        return progress.model_copy(
-            update={"epoch": progress.epochs, "phase": "done", "eta_seconds": None}
-        )
+        done = {"epoch": progress.epochs, "phase": "done", "eta_seconds": None}
+        return progress.model_copy(update=done | _last_commit(job, progress))
     return progress
 
 
-def _checkpoint(old: LastCheckpoint | None, progress: Progress | None) -> LastCheckpoint | None:
+def _last_commit(job: TrainingJob, progress: Progress) -> dict[str, object]:
+    """The checkpoint after the last epoch, without which no success is told."""
+    if progress.checkpoint_epoch == progress.epochs:
+        return {}
+    return {"checkpoint_epoch": progress.epochs, "checkpoint_uri": _run(job)}
+
+
+def _run(job: TrainingJob) -> str | None:
+    """The run's folder, for when its newest checkpoint's own is not known: rank 0 was not asked
+    after the commit, and what it had named before may be deleted by now."""
+    if job.spec is None or job.spec.checkpoint.uri is None:
+        return None
+    root = job.spec.checkpoint.uri.rstrip("/")
+    return f"{root}/{run_folder(job.namespace, job.name, job.uid)}"
+
+
+def _checkpoint(
+    job: TrainingJob, ledger: Ledger, progress: Progress | None
+) -> LastCheckpoint | None:
     """The newest complete checkpoint. An attempt that has just started knows of none yet, and one
     that resumed from an older one is right: what it reports replaces what was known."""
-    if progress is None or progress.checkpoint_epoch is None:
-        return old
-    return LastCheckpoint(epoch=progress.checkpoint_epoch, uri=progress.checkpoint_uri)
+    if progress is not None and progress.checkpoint_epoch is not None:
+        return LastCheckpoint(epoch=progress.checkpoint_epoch, uri=progress.checkpoint_uri)
+    if ledger.end is not None and ledger.end.succeeded and job.spec is not None:
+        return LastCheckpoint(epoch=job.spec.algorithm.epochs, uri=_run(job))
+    return job.status.checkpoint
 
 
 def stored_form(status: JobStatus) -> dict[str, object]:

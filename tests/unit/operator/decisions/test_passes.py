@@ -242,6 +242,8 @@ class TestSuccess:
         assert story.status.progress_text == "1/2"
         story.look(make_gang().started().complete())
         assert story.status.progress_text == "2/2"
+        assert story.status.checkpoint is not None
+        assert story.status.checkpoint.epoch == 2
 
 
 def progress(*, epoch: int = 1, attempt: int = 1, checkpoint: int | None = None) -> Progress:

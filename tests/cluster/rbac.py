@@ -1,0 +1,73 @@
+"""What the operator was allowed to ask for, and what it did ask for, from the audit log."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.cluster.controlplane import requests_in
+from tests.cluster.kubectl import JsonObject, Kubectl
+
+
+class Permission(NamedTuple):
+    """One entry of an access rule, spelled out."""
+
+    group: str
+    resource: str
+    verb: str
+
+
+# Granted for moments that the tests of the operator on the cluster do not bring about.
+UNUSED_HERE: dict[Permission, str] = {
+    Permission("batch", "jobs", "get"): "a create whose answer was lost: whose is the Job?",
+    Permission("", "configmaps", "get"): "likewise for the ConfigMap",
+    Permission("coordination.k8s.io", "leases", "create"): "somebody has deleted the chart's Lease",
+    Permission("events.k8s.io", "events", "patch"): "the same event again after ten minutes",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The requests of one user."""
+
+    allowed: frozenset[Permission]
+    forbidden: frozenset[Permission]
+    """Refused for want of a permission; what admission refuses is not among them."""
+
+
+def requests_of(user: str, audit_log: Path, *, since: datetime) -> Asked:
+    by_decision: dict[str, set[Permission]] = {"allow": set(), "forbid": set()}
+    for request in requests_in(audit_log):
+        about = request.get("objectRef")
+        if request["user"]["username"] != user or about is None:
+            continue
+        if datetime.fromisoformat(request["requestReceivedTimestamp"]) < since:
+            continue
+        decision = request.get("annotations", {}).get("authorization.k8s.io/decision", "allow")
+        by_decision[decision].add(_permission(about, request["verb"]))
+    return Asked(frozenset(by_decision["allow"]), frozenset(by_decision["forbid"]))
+
+
+def granted(admin: Kubectl, name: str, namespace: str) -> set[Permission]:
+    """All that the roles of the chart's operator grant."""
+    roles = [
+        admin.get("clusterrole", name),
+        admin.get("role", f"{name}-lease", namespace=namespace),
+    ]
+    return {permission for role in roles for permission in _spelled_out(role)}
+
+
+def _spelled_out(role: JsonObject) -> Iterator[Permission]:
+    for rule in role["rules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                for verb in rule["verbs"]:
+                    yield Permission(group, resource, verb)
+
+
+def _permission(about: JsonObject, verb: str) -> Permission:
+    resource = about.get("resource", "")
+    if "subresource" in about:
+        resource = f"{resource}/{about['subresource']}"
+    return Permission(about.get("apiGroup", ""), resource, verb)

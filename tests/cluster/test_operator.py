@@ -1,0 +1,342 @@
+"""The operator on the cluster, as a user meets it: from the chart to a picture of a digit.
+
+One job is left alone. The others are that job, struck once after their first checkpoint, and have
+to end with the very same adapter. The last test reads what all of them made the operator ask for.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tempflow_api import naming
+from tempflow_api.conditions import ConditionType, Reason, is_true
+from tempflow_api.errors import ExitCode
+from tempflow_api.status import JobStatus, Progress
+from tests.cluster import rbac, scenario
+from tests.cluster.errors import ClusterError
+from tests.cluster.kubectl import Kubectl
+from tests.cluster.layout import NODES
+from tests.cluster.s3 import S3Server
+from tests.cluster.scenario import Release, Store, Submission
+from tests.cluster.target import Target
+from tests.cluster.waiting import Say, wait_for
+
+pytestmark = pytest.mark.cluster
+
+END_SECONDS = 600
+
+Submit = Callable[..., Submission]
+
+
+@pytest.fixture(scope="module")
+def team(cluster: Target, release: Release) -> Iterator[str]:
+    """A namespace in which a user has the chart's edit role."""
+    assert release
+    name = f"team-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl.run("create", "namespace", name)
+    yield name
+    cluster.kubectl.run("delete", "namespace", name, "--timeout=2m")
+
+
+@pytest.fixture(scope="module")
+def user(
+    cluster: Target, team: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Kubectl:
+    s3.create_bucket(scenario.BUCKET)
+    return scenario.create_user(cluster.kubectl, team, s3, tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="module")
+def store(s3: S3Server) -> Store:
+    return Store(s3)
+
+
+def submit(user: Kubectl, team: str, s3: S3Server, name: str, **overrides: object) -> Submission:
+    """Apply the short job, with these fields of its spec set otherwise."""
+    changed = {f"spec.{path.replace('__', '.')}": value for path, value in overrides.items()}
+    text = scenario.manifest(name, s3, changed)
+    user.run("apply", "-n", team, "-f", "-", stdin=text)
+    return Submission(user, team, name)
+
+
+@pytest.fixture
+def job(
+    request: pytest.FixtureRequest, user: Kubectl, team: str, s3: S3Server
+) -> Iterator[Submission]:
+    """The short job, named after the test, running and with its first checkpoint committed."""
+    name = request.function.__name__.removeprefix("test_").replace("_", "-")[:30].rstrip("-")
+    job = submit(user, team, s3, name)
+    Store(s3).wait_first_commit(job)
+    yield job
+    job.delete()
+
+
+@dataclass
+class Witnessed:
+    """The job that was left alone: what was seen of it, and its result."""
+
+    job: Submission
+    statuses: list[JobStatus]
+    nodes: list[str]
+    digest: str = ""
+    folder: Path = field(default_factory=Path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    user: Kubectl,
+    team: str,
+    s3: S3Server,
+    store: Store,
+    say: Say,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Witnessed:
+    started = time.monotonic()
+    job = submit(user, team, s3, "undisturbed")
+    statuses: list[JobStatus] = []
+
+    def ended() -> bool:
+        status = job.status()
+        if not statuses or status != statuses[-1]:
+            statuses.append(status)
+        return is_true(status.conditions, ConditionType.FINISHED)
+
+    wait_for("end of the undisturbed job", ended, deadline_seconds=END_SECONDS, poll_seconds=0.5)
+    say(f"undisturbed job ended after {time.monotonic() - started:.0f} s")
+    nodes = [pod["spec"]["nodeName"] for pod in job.pods()]
+    folder = tmp_path_factory.mktemp("result") / "digits"
+    return Witnessed(job, statuses, nodes, store.adapter_digest(job, folder), folder)
+
+
+def ends_as_if_nothing_had_happened(
+    job: Submission, undisturbed: Witnessed, store: Store, folder: Path
+) -> JobStatus:
+    """Wait for the end; returns the last status."""
+    job.wait(ConditionType.FINISHED, deadline_seconds=END_SECONDS)
+    status = job.status()
+    assert status.phase == "Succeeded", status
+    assert status.attempts[-1].outcome == "Succeeded"
+    assert not job.live_pods()
+    assert store.adapter_digest(job, folder / "result") == undisturbed.digest
+    return status
+
+
+def test_helm_test_passes(release: Release) -> None:
+    assert "OK: jobs are checked" in release.test()
+
+
+def test_all_conditions_are_there_from_the_first_second(undisturbed: Witnessed) -> None:
+    created = datetime.fromisoformat(undisturbed.job.raw()["metadata"]["creationTimestamp"])
+    first = next(status for status in undisturbed.statuses if status.conditions)
+
+    assert {condition.type for condition in first.conditions} == set(ConditionType)
+    for condition in first.conditions:
+        assert condition.observed_generation == 1
+        known = datetime.fromisoformat(condition.last_transition_time)
+        assert (known - created).total_seconds() <= 2
+
+
+def test_one_pod_runs_on_each_node(undisturbed: Witnessed) -> None:
+    assert sorted(undisturbed.nodes) == sorted(node.name for node in NODES)
+
+
+def test_progress_moves_while_a_job_runs_and_deletion_stops_it(
+    user: Kubectl, team: str, s3: S3Server
+) -> None:
+    job = submit(user, team, s3, "endless", algorithm__epochs=100_000)
+    seen: list[Progress] = []
+
+    def moved() -> bool:
+        status = job.status()
+        if status.progress is not None and status.phase == "Running":
+            seen.append(status.progress)
+        return len({progress.epoch for progress in seen if progress.epoch > 0}) >= 2
+
+    wait_for("two different epochs", moved, deadline_seconds=300, poll_seconds=0.5)
+    epochs = [progress.epoch for progress in seen]
+    assert epochs == sorted(epochs)
+    assert seen[-1].reward is not None
+    assert job.status().progress_text == f"{epochs[-1]}/100000"
+    assert job.condition(ConditionType.CHECKPOINTED).status == "True"
+
+    job.delete()
+    assert not job.pods()
+
+
+def test_the_end_is_told_and_holds_nothing(undisturbed: Witnessed) -> None:
+    job = undisturbed.job
+    status = undisturbed.statuses[-1]
+
+    job.wait(ConditionType.FINISHED, deadline_seconds=5)
+    assert status.phase == "Succeeded"
+    assert status.progress is not None
+    assert (status.progress.epoch, status.progress.phase) == (scenario.EPOCHS, "done")
+    assert status.checkpoint is not None
+    assert status.checkpoint.epoch == scenario.EPOCHS
+    assert [attempt.outcome for attempt in status.attempts] == ["Succeeded"]
+    assert (status.restarts.failures, status.restarts.disruptions) == (0, 0)
+    assert not job.live_pods()
+
+
+def test_the_checkpoint_is_listed_pulled_and_drawn_with(
+    undisturbed: Witnessed, store: Store, tmp_path: Path
+) -> None:
+    assert f" {scenario.EPOCHS} " in store.list(undisturbed.job).replace("\n", " \n ")
+
+    picture = tmp_path / "three.png"
+    scenario.tempflow(
+        *("sample", str(undisturbed.folder), "--prompt", "a three", "--out", str(picture))
+    )
+
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rank_that_is_killed(
+    job: Submission, undisturbed: Witnessed, store: Store, tmp_path: Path
+) -> None:
+    ranks = job.ranks()
+    assert len(ranks) == 2
+    ranks[1].kill()
+
+    status = ends_as_if_nothing_had_happened(job, undisturbed, store, tmp_path)
+
+    assert [attempt.outcome for attempt in status.attempts] == ["Failed", "Succeeded"]
+    failure = status.attempts[0].failure
+    assert failure is not None
+    assert (failure.container, failure.exit_code) == ("trainer", ExitCode.RANK_DIED)
+    assert failure.node in {node.name for node in NODES}
+    assert (status.restarts.failures, status.restarts.disruptions) == (1, 0)
+
+
+def test_a_pod_that_is_deleted(
+    job: Submission, undisturbed: Witnessed, store: Store, cluster: Target, tmp_path: Path
+) -> None:
+    victim = job.live_pods()[0]
+    cluster.kubectl.run("delete", "pod", victim, "-n", job.namespace, "--wait=false")
+
+    status = ends_as_if_nothing_had_happened(job, undisturbed, store, tmp_path)
+
+    assert [attempt.outcome for attempt in status.attempts] == ["Disrupted", "Succeeded"]
+    assert (status.restarts.failures, status.restarts.disruptions) == (0, 1)
+
+
+def test_the_leading_operator_is_killed(
+    job: Submission, undisturbed: Witnessed, store: Store, release: Release, tmp_path: Path
+) -> None:
+    leader = release.leader()
+    release.kill(leader)
+
+    status = ends_as_if_nothing_had_happened(job, undisturbed, store, tmp_path)
+
+    assert [attempt.outcome for attempt in status.attempts] == ["Succeeded"]
+    assert status.attempt == 1
+    assert release.leader() not in ("", leader)
+
+
+def test_suspended_and_resumed(
+    job: Submission, undisturbed: Witnessed, store: Store, tmp_path: Path
+) -> None:
+    job.patch('{"spec": {"runPolicy": {"suspend": true}}}')
+    job.wait(ConditionType.SUSPENDED, deadline_seconds=90)
+    held = job.status()
+    assert held.phase == "Suspended"
+    assert not job.live_pods()
+
+    job.patch('{"spec": {"runPolicy": {"suspend": false}}}')
+    status = ends_as_if_nothing_had_happened(job, undisturbed, store, tmp_path)
+
+    assert [attempt.outcome for attempt in status.attempts] == ["Suspended", "Succeeded"]
+    assert (status.restarts.failures, status.restarts.disruptions) == (0, 0)
+
+
+def test_an_image_that_cannot_be_pulled(user: Kubectl, team: str, s3: S3Server) -> None:
+    job = submit(user, team, s3, "no-image", compute__image="localhost/nowhere:1")
+
+    why = job.wait_reason(ConditionType.RUNNING, Reason.IMAGE_PULL_FAILED, deadline_seconds=60)
+
+    assert "localhost/nowhere:1" in why.message
+    assert job.status().phase == "Starting"
+    job.delete()
+
+
+def test_gpus_that_no_node_has(user: Kubectl, team: str, s3: S3Server) -> None:
+    job = submit(
+        *(user, team, s3, "nine-gpus"),
+        compute__nodes=1,
+        compute__device="cuda",
+        compute__processesPerNode=9,
+        algorithm__seedsPerPrompt=3,
+    )
+
+    why = job.wait_reason(ConditionType.RUNNING, Reason.UNSCHEDULABLE, deadline_seconds=60)
+
+    assert "Insufficient nvidia.com/gpu" in why.message
+    job.delete()
+
+
+def test_a_configuration_that_the_api_server_refuses(
+    user: Kubectl, team: str, s3: S3Server
+) -> None:
+    bad = yaml.safe_load(scenario.manifest("bad", s3, {}))
+    bad["spec"]["algorithm"]["branchesPerSeed"] = 1
+
+    with pytest.raises(ClusterError, match="a group needs two draws to compare"):
+        user.run("apply", "-n", team, "-f", "-", stdin=yaml.safe_dump(bad))
+
+
+def test_a_bucket_that_is_missing_and_a_time_to_live(
+    user: Kubectl, team: str, s3: S3Server
+) -> None:
+    bucket = f"missing-{team}"  # the store may be of an earlier session, and hold its buckets
+    job = submit(user, team, s3, "no-bucket", checkpoint__uri=f"s3://{bucket}/runs")
+
+    job.wait(ConditionType.FAILED, deadline_seconds=120)
+
+    status = job.status()
+    why = job.condition(ConditionType.FAILED)
+    assert why.reason == Reason.PERMANENT_FAILURE
+    assert bucket in why.message
+    assert [attempt.outcome for attempt in status.attempts] == ["Failed"]
+    failure = status.attempts[0].failure
+    assert failure is not None
+    assert failure.exit_code == ExitCode.STORE
+    assert (status.restarts.failures, status.restarts.disruptions) == (0, 0)
+
+    job.patch('{"spec": {"runPolicy": {"ttlSecondsAfterFinished": 0}}}')
+    wait_for("the job to be deleted", job.is_gone, deadline_seconds=60)
+
+
+def test_a_name_that_somebody_else_has(
+    user: Kubectl, team: str, s3: S3Server, cluster: Target
+) -> None:
+    theirs = naming.attempt_name("taken", 1)
+    cluster.kubectl.run("create", "service", "clusterip", theirs, "--clusterip=None", "-n", team)
+
+    job = submit(user, team, s3, "taken", compute__image="localhost/nowhere:1")
+    why = job.wait_reason(ConditionType.RUNNING, Reason.NAME_TAKEN, deadline_seconds=30)
+    assert theirs in why.message
+
+    cluster.kubectl.run("delete", "service", theirs, "-n", team)
+    job.wait_reason(ConditionType.RUNNING, Reason.IMAGE_PULL_FAILED, deadline_seconds=60)
+    job.delete()
+
+
+def test_the_operator_needs_each_of_its_permissions_and_no_other(
+    request: pytest.FixtureRequest, cluster: Target, release: Release
+) -> None:
+    selected = {item.name for item in request.session.items if item.path == request.path}
+    if not selected >= {name for name in vars(request.module) if name.startswith("test_")}:
+        pytest.skip("shows something only after all the other tests of this file")
+    asked = rbac.requests_of(
+        scenario.OPERATOR_USER, cluster.our_own().state.audit_log, since=release.installed_at
+    )
+
+    assert not asked.forbidden
+    granted = rbac.granted(cluster.kubectl, scenario.RELEASE, scenario.SYSTEM)
+    assert granted - asked.allowed == set(rbac.UNUSED_HERE)
