@@ -132,6 +132,25 @@ def _manifest(text: bytes) -> layout.CheckpointManifest | None:
         return None
 
 
+def find(uri: str, number: int | None, endpoint_url: str | None = None) -> tuple[Store, Step]:
+    """A checkpoint of the run at ``uri``, or the very one whose folder ``uri`` is.
+
+    The latter is what the status of a job on a cluster names.
+    """
+    trimmed = uri.rstrip("/")
+    run, _, folder = trimmed.rpartition("/")
+    if layout.parse_folder(folder) is None:
+        store = open_store(uri, endpoint_url)
+        return store, choose(store, number)
+    store = open_store(run, endpoint_url)
+    named = [step for step in steps(store) if step.folder == folder]
+    if not named:
+        raise StoreUnavailable(f"no complete checkpoint at {trimmed}; its run may have newer ones")
+    if number not in (None, named[0].step):
+        raise Refused(f"{trimmed} is the checkpoint of step {named[0].step}: leave out --step")
+    return store, named[0]
+
+
 def choose(store: Store, number: int | None) -> Step:
     """The newest complete checkpoint, or the one after ``number`` epochs."""
     available = steps(store)

@@ -233,7 +233,9 @@ def list_checkpoints(
 
 @app.command()
 def pull(
-    uri: Annotated[str, typer.Argument(metavar="URI", help="Folder or s3:// of a run.")],
+    uri: Annotated[
+        str, typer.Argument(metavar="URI", help="Folder or s3:// of a run or of a checkpoint.")
+    ],
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="A new folder; default NAME-step-N.")
     ] = None,
@@ -251,8 +253,7 @@ def pull(
     """
     from tempflow import checkpoints, listing
 
-    store = checkpoints.open_store(uri, endpoint_url)
-    chosen = checkpoints.choose(store, step)
+    store, chosen = checkpoints.find(uri, step, endpoint_url)
     target = to or checkpoints.default_target(store, chosen)
     with listing.transfer(_console(stderr=True), chosen.size) as advance:
         checkpoints.pull(store, chosen, target, advance)

@@ -214,3 +214,31 @@ class TestS3:
         store = open_store("s3://bucket/demo", s3_endpoint)
         with pytest.raises(StoreUnavailable, match="credentials"):
             steps(store)
+
+
+class TestFind:
+    """What the status of a job names is the folder of one checkpoint."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> str:
+        for path, content in stored_runs.run().items():
+            target = tmp_path / "demo" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        return str(tmp_path / "demo")
+
+    def test_by_run_and_by_folder(self, run: str) -> None:
+        newest = checkpoints.find(run, None)[1]
+        oldest = steps(open_store(run))[0]
+        folder = f"{run}/checkpoints/{oldest.folder}"
+        assert oldest.step < newest.step
+        assert checkpoints.find(f"{folder}/", None)[1] == oldest
+        assert checkpoints.find(folder, oldest.step)[1] == oldest
+
+    def test_a_folder_that_is_not_complete(self, run: str) -> None:
+        with pytest.raises(StoreUnavailable, match="no complete checkpoint at"):
+            checkpoints.find(f"{run}/checkpoints/step-0000000099-attempt-000001", None)
+
+    def test_a_folder_and_another_step(self, run: str) -> None:
+        with pytest.raises(Refused, match="is the checkpoint of step 20: leave out --step"):
+            checkpoints.find(f"{run}/{NEWEST}", 3)
