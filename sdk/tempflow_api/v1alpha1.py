@@ -154,7 +154,7 @@ class RewardTerm(Section):
     """One scorer and its share in the reward."""
 
     name: Name
-    """A built-in reward; ``tempflow rewards`` of the trainer lists them."""
+    """A built-in reward. A name that does not exist is an error that lists them all."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
     """The reward is the weighted sum of raw scores. A term of weight 0 is held out: scored at
     evaluations and shown, never trained on."""
@@ -168,10 +168,15 @@ class Optimizer(Section):
     """AdamW."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    """For a LoRA; training every weight wants a tenth of it or less. Small models bear more."""
     beta1: Fraction = 0.9
+    """Decay of the mean of the gradients; the usual value, as in Flow-GRPO's code."""
     beta2: Fraction = 0.999
+    """Decay of the mean of their squares; the usual value, as in Flow-GRPO's code."""
     epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """Added to the root of the mean square; the usual value."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    """Pulls the trained weights, so the LoRA's update, towards zero; hardly felt by default."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Gradients are scaled down to this norm; the norm before is reported."""
 
@@ -208,6 +213,7 @@ class Checkpoint(Section):
     """Address of a store other than Amazon's. Credentials never stand in a manifest: they come
     from the environment, a profile or the pod's identity."""
     region: Annotated[str, Field(max_length=64)] | None = None
+    """Of the bucket, where the environment does not say it."""
     every_epochs: PositiveInt = 10
     """Also after the last epoch."""
     keep_last: Annotated[int, Field(ge=2, le=1000)] = 2
