@@ -25,7 +25,7 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	@$(VENV)/bin/uv pip install -q -p $(VENV) --no-deps -e .
 	@touch $@
 
-demo: setup ## Train the digits model for two minutes and draw with the result
+demo: setup ## Train the digits model, a minute or two, and draw with the result
 	$(VENV)/bin/tempflow run examples/digits.yaml
 	$(VENV)/bin/tempflow sample runs/digits --prompt "a three" --prompt "a seven" --out runs/digits/sample.png
 
