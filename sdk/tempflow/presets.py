@@ -23,8 +23,16 @@ class Preset:
     @property
     def hardware(self) -> str:
         """What it wants to run on, from its header."""
+        return self._said("Hardware: ").partition(". ")[0]
+
+    @property
+    def missing(self) -> str:
+        """What this version lacks to run it, from its header; empty if nothing."""
+        return self._said("Missing: ").partition(";")[0]
+
+    def _said(self, keyword: str) -> str:
         header = self.text.split("apiVersion:")[0].replace("\n# ", " ")
-        return header.partition("Hardware: ")[2].partition(". ")[0]
+        return header.partition(keyword)[2]
 
 
 def all_presets() -> list[Preset]:
@@ -52,6 +60,7 @@ def listing() -> list[str]:
     lines = []
     for one in all_presets():
         lines += [one.name, f"    {one.summary}", f"    Wants {one.hardware}."]
+        lines += [f"    Cannot run: {one.missing}."] if one.missing else []
     return lines
 
 

@@ -7,6 +7,7 @@ import pytest
 from tempflow.manifest import parse_text
 from tempflow.presets import Preset, all_presets, listing, preset, write
 from tempflow.refused import Refused
+from tempflow_trainer.rewards.registry import REWARDS
 
 PRESETS = all_presets()
 
@@ -93,3 +94,11 @@ def test_a_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no such file or directory"):
         write(preset("digits"), tmp_path / "no" / "job.yaml", overwrite=False)
+
+
+def test_a_preset_says_which_of_its_rewards_does_not_exist() -> None:
+    for one in PRESETS:
+        job = parse_text(one.text, one.name).job
+        lacking = [t.name for t in job.spec.rewards if t.name not in REWARDS]
+        assert all(name in one.missing for name in lacking)
+        assert bool(one.missing) == bool(lacking)
