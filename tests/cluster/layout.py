@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEFAULT_STATE = REPOSITORY / ".cluster"
+# containerd's and the kubelet's sockets lie in the state folder, and a socket's path ends at 107
+# bytes; the longest of them adds 45 to the folder's own.
+LONGEST_STATE_PATH = 60
+_BESIDE_THE_CODE = REPOSITORY / ".cluster"
+DEFAULT_STATE = (
+    _BESIDE_THE_CODE
+    if len(str(_BESIDE_THE_CODE)) <= LONGEST_STATE_PATH
+    else Path("/var/lib/tempflow-cluster")
+)
 
 # Nodes, pods and services together: the only range that pods get a route to.
 CLUSTER_RANGE = "10.201.0.0/16"
@@ -49,10 +57,6 @@ MARK = "TEMPFLOW_CLUSTER_STATE"
 
 GPU_RESOURCE = "nvidia.com/gpu"
 GPUS_PER_NODE = 8
-
-# containerd's and the kubelet's sockets lie in the state folder, and a socket's path ends at 107
-# bytes; the longest of them adds 45 to the folder's own.
-LONGEST_STATE_PATH = 60
 
 
 @dataclass(frozen=True)
