@@ -6,6 +6,7 @@ The store is a local folder or S3. It is only read: no folder and no bucket is e
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,11 +251,18 @@ def _store_errors(store: Store) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise StoreUnavailable(f"cannot read {store.uri}: {_first_line(error)}") from error
-    except Exception as error:
-        # botocore's errors share no base with OSError, and importing them loads the S3 client.
-        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
-            raise
+    except _client_errors() as error:
         raise StoreUnavailable(f"cannot read {store.uri}: {_first_line(error)}") from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Errors of the S3 client that are no OSError; none where the client is not loaded."""
+    if "botocore" not in sys.modules:
+        return ()
+    from aiohttp import ClientError as HttpError
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return BotoCoreError, ClientError, HttpError
 
 
 def _first_line(error: Exception) -> str:
