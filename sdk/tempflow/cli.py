@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tempflow.verbs import explain
 from tempflow_api.errors import ExitCode, ManifestInvalid, TempFlowError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _checkpoints = typer.Typer(
     help="Look at what a run has stored.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(_checkpoints, name="checkpoints")
+app.add_typer(explain.app)
 
 _Set = Annotated[
     list[str] | None,

@@ -32,6 +32,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 class Tuning(ABC):
     """The trained weights of a model."""
 
+    keeps_reference = False
+    """Whether the model before training is a second copy of it."""
+
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name, float32."""
@@ -138,6 +141,7 @@ class FullTuning(Tuning):
         """``keep_reference`` holds a frozen copy for the KL."""
         self._transformer = model.transformer.float().requires_grad_(True)
         self._model = model
+        self.keeps_reference = keep_reference
         self._reference: nn.Module | None = None
         if keep_reference:
             self._reference = copy.deepcopy(model.transformer).requires_grad_(False)
