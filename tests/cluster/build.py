@@ -52,6 +52,7 @@ _VERSION_FLAGS = " ".join(
 # Left after the build: 0.4 GB here, and 5 GB of Go's own module and build caches.
 _BUILD_NEEDS_BYTES = 7 * 2**30
 
+BROWSER = "/usr/bin/chromium"
 # Debian package -> a file that shows that it is installed.
 _PACKAGES = {
     "containerd": "/usr/bin/containerd",
@@ -63,6 +64,8 @@ _PACKAGES = {
     "iproute2": "/bin/ip",
     "nftables": "/usr/sbin/nft",
     "openssl": "/usr/bin/openssl",
+    "chromium": BROWSER,
+    "fonts-dejavu-core": "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf",
 }
 
 
