@@ -117,6 +117,22 @@ def seaweedfs(say: Say) -> Path:
     return folder / "bin" / "weed"
 
 
+def promtool(say: Say) -> Path:
+    """Prometheus' checker of rules, out of Debian's package, which is not installed: it would
+    start a server."""
+    folder = cache_folder() / "promtool"
+    with _locked(folder, say):
+        if not (folder / "usr" / "bin" / "promtool").exists():
+            say("fetch promtool")
+            folder.mkdir(parents=True, exist_ok=True)
+            _run(["apt-get", "update", "-qq"])
+            _run(["sh", "-c", 'cd "$0" && apt-get download -qq prometheus', str(folder)])
+            (package,) = folder.glob("prometheus_*.deb")
+            _run(["dpkg-deb", "-x", str(package), str(folder)])
+            package.unlink()
+    return folder / "usr" / "bin" / "promtool"
+
+
 def install_packages(say: Say) -> None:
     """Install the Debian packages that are missing."""
     missing = [package for package, file in _PACKAGES.items() if not Path(file).exists()]
