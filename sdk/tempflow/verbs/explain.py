@@ -1,8 +1,10 @@
-"""``tempflow explain``."""
+"""``tempflow explain``: what a run will do and cost."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from tempflow.verbs.options import Overrides, TextOrJson
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -15,14 +17,7 @@ def explain(
     preset: Annotated[
         str | None, typer.Option("--preset", metavar="NAME", help="A preset instead of a file.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="PATH=VALUE",
-            help="Override a field, for instance spec.algorithm.branchesPerSeed=8. Repeatable.",
-        ),
-    ] = None,
+    overrides: Overrides = None,
     width: Annotated[int | None, typer.Option("--width", help="What if: pixels.")] = None,
     height: Annotated[int | None, typer.Option("--height", help="What if: pixels.")] = None,
     steps: Annotated[
@@ -37,9 +32,7 @@ def explain(
             "Adds the seconds of an epoch.",
         ),
     ] = None,
-    output: Annotated[
-        Literal["text", "json"], typer.Option("--output", "-o", help="Form of the result.")
-    ] = "text",
+    output: TextOrJson = "text",
 ) -> None:
     """Tell what a run will do and cost, before it does it. No weights are loaded.
 

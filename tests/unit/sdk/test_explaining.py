@@ -50,7 +50,9 @@ def test_what_if_and_both_forms(
 ) -> None:
     """The real trainer is asked: a what-if changes the job, text and JSON say the same."""
     file = str(write(tmp_path))
-    assert tempflow(monkeypatch, "explain", file, "--steps", "4", "--rate", "5/s", "-o", "json") == 0
+    assert (
+        tempflow(monkeypatch, "explain", file, "--steps", "4", "--rate", "5/s", "-o", "json") == 0
+    )
     told = Explanation.model_validate(json.loads(capfd.readouterr().out))
     assert [step.step for step in told.schedule] == [0, 1, 2, 3]
     assert told.evaluations.total == 8 * (3 + 6 * 6 + 3)
