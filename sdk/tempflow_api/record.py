@@ -78,6 +78,29 @@ class Evaluation(Observed):
     """Picture of all images, below the run's folder."""
 
 
+class SelfTest(Observed):
+    """What was found before the first epoch, ``self-test.json``."""
+
+    configuration: str
+    """Digest of the settings that it was found with."""
+    time: Timestamp
+    seconds: float
+    device: str
+    precision: str
+    trained_parameters: int
+    tensors_with_gradient: int
+    tensors_changed: int
+    """Of those with gradient, by one optimizer step."""
+    reward: float
+    """Of the one image that was drawn."""
+    rollout_difference: float
+    """Most that a log-probability differs between the rollout's calls and the update's."""
+    one_row_difference: float
+    """Most that it differs in a call of its own."""
+    bound: float
+    """What a difference may be."""
+
+
 class BeforeAfter(Observed):
     """A figure of the model as it was, and as it is."""
 

@@ -27,6 +27,8 @@ EXIT_MEANINGS: dict[ExitCode, str] = {
     ExitCode.STORE: "The checkpoint store is missing or refuses.",
     ExitCode.CHECKPOINT_CORRUPT: "No complete checkpoint passed its check.",
     ExitCode.RANK_DIED: "A process of the node died of a signal.",
+    ExitCode.SELF_TEST: "The self-test before the first epoch found a mismatch.",
+    ExitCode.COLLAPSED: "The guard stopped the run: its alarms say why.",
     ExitCode.INTERRUPTED: "Interrupted from the keyboard.",
 }
 

@@ -175,6 +175,8 @@ FIELD_MUTABILITY: dict[str, Mutability] = {
     "spec.algorithm.epochs": Mutability.WHILE_SUSPENDED,
     "spec.optimizer.learningRate": Mutability.WHILE_SUSPENDED,
     "spec.evaluation.everyEpochs": Mutability.WHILE_SUSPENDED,
+    "spec.selfTest": Mutability.WHILE_SUSPENDED,
+    "spec.guard": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.everyEpochs": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.keepLast": Mutability.MUTABLE,
     "spec.checkpoint.endpointUrl": Mutability.WHILE_SUSPENDED,

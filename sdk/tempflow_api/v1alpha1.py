@@ -193,6 +193,45 @@ class Evaluation(Section):
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
 
 
+class SelfTest(Section):
+    """A test of model, precision and shapes before the first epoch; it changes nothing."""
+
+    enabled: bool = True
+    """It costs a trajectory and a few calls of the network."""
+    log_prob_tolerance: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """Most that a log-probability may depend on how many rows a call has, as a share of
+    ``algorithm.clipRange``. At a tenth the clip still means what it says; beyond that the run
+    does not start."""
+
+
+class Guard(Section):
+    """Alarms about a run that is going wrong, after every epoch and evaluation. At 0 a signal is
+    not watched."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """``warn`` tells it in log, metrics and progress. ``stop`` ends the run. ``rollback`` goes
+    back to the newest checkpoint, which no alarm preceded, with a smaller learning rate."""
+    ratio_drift: Annotated[float, Field(ge=0, le=1e9)] = 100.0
+    """Alarm when the mean of |ratio - 1| is more than so many times the clip range: with several
+    updates an epoch a few times is usual, at small latents ten."""
+    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 20.0
+    """Alarm when the gradient norm before clipping is more than so many times its median over
+    the last 20 epochs."""
+    zero_spread_share: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Alarm when the share of groups without spread is at least this, three epochs in a row:
+    there is nothing left to learn from, or all images are alike."""
+    reward_drop: Annotated[float, Field(ge=0, le=1e9)] = 3.0
+    """Alarm when the reward of an epoch is below that of the first epoch by more than so many of
+    the first epoch's standard deviations."""
+    held_out_drop: Annotated[float, Field(ge=0, le=1e9)] = 1.0
+    """Alarm when a held-out reward is below its first evaluation by more than so many of its
+    standard deviations then: the trained reward is being hacked."""
+    learning_rate_factor: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Multiplies the learning rate at each rollback: the same steps would end the same way."""
+    max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 3
+    """One more ends the run."""
+
+
 class Checkpoint(Section):
     """What survives the processes: the state to continue from, and the result."""
 
@@ -280,6 +319,8 @@ class JobSpec(Section):
     """Scorers, by unique name; at least one with a weight."""
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
+    self_test: SelfTest = SelfTest()
+    guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute
     run_policy: RunPolicy = RunPolicy()

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import ConfigChanged, Preempted, TempFlowError, of_code
+from tempflow_api.errors import (
+    ConfigChanged,
+    Preempted,
+    SelfTestFailed,
+    TempFlowError,
+    of_code,
+)
 from tempflow_api.record import Evaluation as EvaluationLine
-from tempflow_api.record import Metrics, Spread
+from tempflow_api.record import Metrics, SelfTest, Spread
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import checkpoint
+from tempflow_trainer import checkpoint, selftest
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
 from tempflow_trainer.loop import Run, run_epoch
@@ -55,6 +61,7 @@ class Session:
         """
         self.run.clock.on_phase = self._on_phase
         self._resume()
+        self._self_test()
         try:
             if self.epochs_done == 0:
                 self._evaluate()
@@ -69,6 +76,35 @@ class Session:
                 f"state is committed at {self.committed_uri}"
             ) from None
         self._finish()
+
+    def _self_test(self) -> None:
+        """Once for a configuration: its report is kept with the run.
+
+        Raises:
+            SelfTestFailed: on every rank.
+        """
+        if not self.spec.self_test.enabled or self._on_first(self._self_tested):
+            return
+        report = selftest.examine(self.run, self.evaluator.reward, self.spec)
+        problem = selftest.problem(report)
+        if self.run.ranks.is_first:
+            self.record.write(layout.SELF_TEST, report.model_dump_json(by_alias=True, indent=1))
+            self._store_record()
+            log.info(
+                "self-test %s: log-probabilities differ by %.2g between rollout and update, by "
+                "%.2g for one row alone (at most %.2g)",
+                "failed" if problem else "passed",
+                report.rollout_difference,
+                report.one_row_difference,
+                report.bound,
+            )
+        if problem:
+            raise SelfTestFailed(f"self-test: {problem}")
+
+    def _self_tested(self) -> str:
+        known = self.record.read(layout.SELF_TEST, SelfTest)
+        same = known is not None and known.configuration == selftest.configuration_of(self.spec)
+        return "passed" if known and same and selftest.problem(known) is None else ""
 
     def _epoch(self) -> None:
         before = dict(self.run.clock.seconds)
