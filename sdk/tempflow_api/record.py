@@ -49,6 +49,10 @@ class Metrics(Observed):
     """Mean |ratio - 1|."""
     grad_norm: float
     """Before it is scaled down."""
+    alarms: list[str] = Field(default_factory=list)
+    """What the guard found wrong."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint before this epoch."""
     images: int
     images_per_second: float
     seconds: EpochSeconds

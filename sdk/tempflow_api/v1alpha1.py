@@ -188,6 +188,13 @@ class Evaluation(Section):
     """Also before the first epoch and after the last."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 40
     """Denoising steps, all deterministic."""
+    width: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels; those of ``sampling`` if absent."""
+    height: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels; those of ``sampling`` if absent."""
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = None
+    """That of ``sampling`` if absent. Training without guidance wants an evaluation without it,
+    too; pictures for people may want more."""
     prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
     """At most so many of the prompts, from the top of the list."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
@@ -211,12 +218,13 @@ class Guard(Section):
     action: Literal["warn", "stop", "rollback"] = "warn"
     """``warn`` tells it in log, metrics and progress. ``stop`` ends the run. ``rollback`` goes
     back to the newest checkpoint, which no alarm preceded, with a smaller learning rate."""
-    ratio_drift: Annotated[float, Field(ge=0, le=1e9)] = 100.0
-    """Alarm when the mean of |ratio - 1| is more than so many times the clip range: with several
-    updates an epoch a few times is usual, at small latents ten."""
-    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 20.0
+    ratio_drift: Annotated[float, Field(ge=0, le=1e9)] = 10.0
+    """Alarm when the mean of |ratio - 1| is more than so many times the clip range: steps are too
+    long, or the range is not made for latents of this size. With one update an epoch the ratio
+    is always 1, and the other signals have to do."""
+    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 10.0
     """Alarm when the gradient norm before clipping is more than so many times its median over
-    the last 20 epochs."""
+    the last 20 epochs; it usually stays within twice."""
     zero_spread_share: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Alarm when the share of groups without spread is at least this, three epochs in a row:
     there is nothing left to learn from, or all images are alike."""
@@ -301,11 +309,26 @@ class RunPolicy(Section):
     """Between the request to stop and the kill: time for a last checkpoint."""
 
 
+class Wandb(Section):
+    """A run of Weights & Biases. The key comes from the environment or ``compute.secretName``, as
+    ``WANDB_API_KEY``."""
+
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "tempflow"
+    entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Team or user; the key's own if absent."""
+    mode: Literal["online", "offline"] = "online"
+    """``offline`` writes below ``record/wandb``, to be sent by ``wandb sync``."""
+
+
 class Tracking(Section):
     """What is recorded beside the metrics, which always go to ``record/metrics.jsonl``."""
 
     image_grids: bool = True
     """Write a picture of each evaluation to ``record/grids``."""
+    tensorboard: bool = False
+    """Write event files to ``record/tensorboard``; needs the extra ``tensorboard``."""
+    wandb: Wandb | None = None
+    """Follow the run in Weights & Biases; needs the extra ``wandb``."""
 
 
 class JobSpec(Section):
