@@ -154,7 +154,14 @@ class RewardTerm(Section):
     """One scorer and its share in the reward."""
 
     name: Name
-    """A built-in reward. A name that does not exist is an error that lists them all."""
+    """What the reward is called in metrics; without ``uses`` also which one it is."""
+    uses: (
+        Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_][\w.-]*(:\w+)?$")]
+        | None
+    ) = None
+    """The scorer: the name of a built-in reward, of an entry point of the group
+    ``tempflow.rewards`` in an installed package, or ``module:Class``. Without it the name decides.
+    One that does not exist is an error that lists them all."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
     """The reward is the weighted sum of raw scores. A term of weight 0 is held out: scored at
     evaluations and shown, never trained on."""

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 
 from tempflow_api import naming
-from tempflow_api.errors import DeviceMissing, ExitCode, StoreUnavailable, TempFlowError
+from tempflow_api.errors import (
+    DeviceMissing,
+    ExitCode,
+    RewardFailed,
+    StoreUnavailable,
+    TempFlowError,
+)
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed
@@ -32,6 +38,7 @@ from tempflow_trainer.models.base import FlowModel, Policy
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.progress import ProgressServer
 from tempflow_trainer.rewards import registry
+from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import open_store
@@ -66,8 +73,13 @@ def build_run(
     ranks: Ranks,
     device: torch.device,
     stop_requested: Callable[[], bool],
+    place: Place | None = None,
 ) -> Run:
-    """The parts of a run, from a specification that keeps all rules."""
+    """The parts of a run, from a specification that keeps all rules.
+
+    Raises:
+        RewardFailed: a reward that does not exist, or compares draws where there is one.
+    """
     algorithm, sampling = spec.algorithm, spec.sampling
     tuning: Tuning = (
         LoraTuning(model, spec.model.lora, algorithm.seed)
@@ -89,6 +101,12 @@ def build_run(
         draws=algorithm.branches_per_seed,
     )
     noise_std_T = sde.noise_std_T(schedule, sampling.noise_level)
+    reward = registry.build(spec.rewards, place or Place())
+    if reward.group_wise and plan.draws < 2:
+        raise RewardFailed(
+            "spec.rewards: a reward compares the draws of a branch step, of which there is one; "
+            "raise algorithm.branchesPerSeed, or leave the reward to tempflow's method"
+        )
     return Run(
         ranks=ranks,
         policy=policy,
@@ -109,7 +127,7 @@ def build_run(
         ),
         plan=plan,
         walker=walker,
-        reward=registry.build(spec.rewards),
+        reward=reward,
         advantage_rule=AdvantageRule(**algorithm.advantage.model_dump()),
         objective=Objective(algorithm.clip_range, algorithm.kl_coefficient),
         weights_S=weighting.weights_S(algorithm.weighting, noise_std_T, plan.steps),
@@ -169,7 +187,8 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
     model = families.load(spec.model, cache=work / "models", device=device)
-    run = build_run(spec, model, prompts, ranks, device, stop_requested)
+    place = Place(device, work / "models")
+    run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
     Session(
         spec=spec,
         run=run,
