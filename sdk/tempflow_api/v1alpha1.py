@@ -31,8 +31,9 @@ class Lora(Section):
     targets: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)
     ] = []
-    """Names of the projections, matched at the end of the module path. An empty list takes the
-    family's own, as the paper's code adapts them. A name that matches nothing is an error."""
+    """Names of the projections, matched at the end of the module path, or between slashes a
+    regular expression for the whole path: ``/single_.*to_out/``. An empty list takes the family's
+    own, as the paper's code adapts them. A target that matches nothing is an error."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """How the first factor starts; the second one starts at zero, so the update starts at none."""
 
@@ -50,9 +51,10 @@ class Ema(Section):
 class Model(Section):
     """What is trained, and which part of it."""
 
-    family: Literal["digits", "sd3", "flux", "qwen-image"]
+    family: Literal["digits", "sd3", "flux", "qwen-image", "flux2-klein"]
     """The adapter that knows how to encode, schedule, run and decode the model. ``sd3`` covers
-    SD3 and SD3.5, ``flux`` FLUX.1, ``digits`` the small model that ships with the package."""
+    SD3 and SD3.5, ``flux`` FLUX.1, ``flux2-klein`` FLUX.2 klein, ``digits`` the small model that
+    ships with the package."""
     source: Uri
     """``builtin:digits``, a local folder, ``s3://bucket/prefix``, or a Hugging Face id
     (``owner/name``). A folder has the diffusers layout."""

@@ -7,6 +7,7 @@ the form that diffusers loads.
 import copy
 import difflib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -84,8 +85,7 @@ class LoraTuning(Tuning):
             ModelUnavailable: a target that matches no projection, with near names.
         """
         self._transformer = model.transformer.requires_grad_(False)
-        targets = lora.targets or list(model.lora_targets)
-        _check_targets(model.transformer, targets)
+        targets = resolve_targets(model.transformer, lora.targets or list(model.lora_targets))
         self._config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
@@ -190,18 +190,39 @@ def _metadata(file: Path) -> dict[str, object]:
     return stored
 
 
-def _check_targets(transformer: nn.Module, targets: list[str]) -> None:
-    names = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+def resolve_targets(transformer: nn.Module, targets: list[str]) -> list[str]:
+    """The targets as peft takes them: names stay, an expression becomes the paths that it matches.
+
+    Raises:
+        ModelUnavailable: a target that matches no projection, with near names.
+    """
+    paths = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    found: list[str] = []
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = sorted(
-                {".".join(n.split(".")[-2:]) for n in names} | {n.split(".")[-1] for n in names}
-            )
-            near = difflib.get_close_matches(target, ends, n=3, cutoff=0.3) or ends[:3]
+        is_expression = len(target) > 2 and target[0] == target[-1] == "/"
+        matching = _expression_matches(target, paths) if is_expression else [target]
+        if not any(p == name or p.endswith(f".{name}") for name in matching for p in paths):
             raise ModelUnavailable(
                 f"spec.model.lora.targets: {target!r} matches no projection of the model; near "
-                f"names are {', '.join(near)}"
+                f"names are {', '.join(_near(target.strip('/'), paths))}"
             )
+        found += matching
+    return list(dict.fromkeys(found))
+
+
+def _expression_matches(target: str, paths: list[str]) -> list[str]:
+    try:
+        expression = re.compile(target[1:-1])
+    except re.error as error:
+        raise ModelUnavailable(
+            f"spec.model.lora.targets: {target!r} is not a regular expression: {error}"
+        ) from error
+    return [path for path in paths if expression.fullmatch(path)]
+
+
+def _near(target: str, paths: list[str]) -> list[str]:
+    ends = sorted({".".join(p.split(".")[-2:]) for p in paths} | {p.split(".")[-1] for p in paths})
+    return difflib.get_close_matches(target, ends, n=3, cutoff=0.3) or ends[:3]
 
 
 def _plain(value: object) -> object:
