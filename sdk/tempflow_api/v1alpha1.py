@@ -232,6 +232,11 @@ class Compute(Section):
     """Pods; 1 with ``tempflow run``."""
     processes_per_node: Annotated[int, Field(ge=1, le=64)] = 1
     """One a GPU with ``cuda``."""
+    strategy: Literal["replicate", "shard"] = "replicate"
+    """``replicate``: every process holds all weights, and gradients are summed once an update.
+    ``shard``: each holds its share of the weights, gradients and optimizer, and gathers a block
+    while it runs (FSDP2): for models that do not fit otherwise, at the price of traffic. The
+    result is the same, and a run may change it when it continues."""
     rows_per_call: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Most latents in one call of the network without gradient: bounds the memory of a rollout."""
     rows_per_training_call: Annotated[int, Field(ge=1, le=65_536)] = 8

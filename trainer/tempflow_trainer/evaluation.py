@@ -17,6 +17,7 @@ from tempflow_trainer.rollout import Walker
 
 LEAST_CELL_PIXELS = 56
 LABEL_PIXELS = 120
+NO_IMAGES = torch.empty(0, 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,17 @@ class Evaluator:
     latent_shape: tuple[int, int, int]
     run_seed: int
     ranks: Ranks
+    equal_shares: bool = False
+    """Whether all ranks have to draw as many images: those that are too many are left out."""
 
     def run(self) -> Evaluation:
         """Draw and score with the weights as they are; the ranks share the work."""
         jobs = [(p, m) for p in self.prompts for m in range(self.images_per_prompt)]
         index_N = torch.arange(len(jobs))[self.ranks.rank :: self.ranks.world]
         mine = [jobs[i] for i in index_N.tolist()]
-        images = self._draw(mine) if mine else torch.empty(0, 3, 1, 1)
+        more = -len(jobs) % self.ranks.world if self.equal_shares else 0
+        filling = [jobs[0]] * (1 if more and self.ranks.rank >= self.ranks.world - more else 0)
+        images = self._draw(mine + filling)[: len(mine)] if mine + filling else NO_IMAGES
         texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
         scores = self.reward.score(images, texts, metadata, held_out=True) if mine else {}
         order = torch.cat(self.ranks.gather_rows(index_N)).argsort()

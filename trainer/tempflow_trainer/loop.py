@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tempflow_api.errors import Preempted, TrainingDiverged
 from tempflow_trainer import experience as ex
-from tempflow_trainer import seeds
+from tempflow_trainer import seeds, sharding
 from tempflow_trainer.algorithm import advantages
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.algorithm.branching import BranchPlan
@@ -128,9 +128,10 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    run.ranks.sum_([p.grad for p in parameters if p.grad is not None])
+    if not run.tuning.sharded:  # else the backward has summed them
+        run.ranks.sum_([p.grad for p in parameters if p.grad is not None])
     run.ranks.sum_(sums.values())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+    norm = sharding.clip_gradients(parameters, run.max_grad_norm)
     if not bool(norm.isfinite()):
         raise TrainingDiverged(
             f"the gradient norm is {float(norm)} at update {run.updates_done + 1}; lower "

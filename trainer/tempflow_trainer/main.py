@@ -74,6 +74,8 @@ def build_run(
         if spec.model.lora is not None
         else FullTuning(model, keep_reference=algorithm.kl_coefficient > 0)
     )
+    if spec.compute.strategy == "shard" and ranks.world > 1:
+        tuning.shard(ranks, device)
     policy = Policy.of(
         model,
         guidance_scale=sampling.guidance_scale,
@@ -145,6 +147,7 @@ def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
         latent_shape=run.latent_shape,
         run_seed=spec.algorithm.seed,
         ranks=run.ranks,
+        equal_shares=run.tuning.sharded,
     )
 
 

@@ -167,8 +167,9 @@ NOWHERE = "http://127.0.0.1:9"
 # The client reads the address of the hub when it is imported, which takes seconds: one process of
 # its own asks for everything.
 ASK = """
-import json, os, sys, torch
+import json, os, sys, time, torch
 from pathlib import Path
+time.sleep = lambda _seconds: None  # the client would wait half a minute for a hub to come up
 import huggingface_hub as client
 from huggingface_hub import constants, hf_api
 from tempflow_api.errors import ModelUnavailable
@@ -223,8 +224,8 @@ QUESTIONS: list[tuple[str, dict[str, object], str]] = [
         "absent",
         {"source": "owner/none"},
         (
-            "there is no such model at {hub}, or it is private and HF_TOKEN may not read it; no token "
-            "is set"
+            "there is no such model at {hub}, or it is private and HF_TOKEN may not read it; no "
+            "token is set"
         ),
     ),
     (

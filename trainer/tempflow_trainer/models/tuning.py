@@ -7,6 +7,7 @@ the form that diffusers loads.
 import copy
 import difflib
 import json
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -24,14 +25,20 @@ from torch import Tensor, nn
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Lora
-from tempflow_trainer import seeds
+from tempflow_trainer import seeds, sharding
+from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.models.base import FlowModel, Policy
+
+log = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Tuning(ABC):
     """The trained weights of a model."""
+
+    sharded = False
+    """Whether each rank holds a part of them; their gradients are sums over the ranks then."""
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -42,8 +49,27 @@ class Tuning(ABC):
         """A context in which the policy is the model before training."""
 
     @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Write the current weights below ``folder`` in the form that diffusers loads."""
+    def networks(self) -> list[nn.Module]:
+        """What may be held in parts: the network, and the one before training if there is one."""
+
+    def shard(self, ranks: Ranks, device: torch.device) -> None:
+        """Leave this rank its part of every weight; before the optimizer is made."""
+        for network in self.networks():
+            sharding.shard(network, world=ranks.world, device=device)
+            here, everywhere = sharding.bytes_held(network)
+            log.info("holds %d of %d bytes of weights", here, everywhere)
+        self.sharded = True
+
+    @abstractmethod
+    def export(self, folder: Path, values: dict[str, Tensor] | None = None) -> None:
+        """Write whole weights below ``folder`` in the form that diffusers loads.
+
+        ``values`` are whole tensors by the names of the parameters; without them the current
+        weights, which all ranks have to ask for where they are sharded.
+        """
+
+    def _whole(self) -> dict[str, Tensor]:
+        return sharding.gathered(self.parameters(), keep=True)
 
     @contextmanager
     def values(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -72,7 +98,7 @@ class Tuning(ABC):
                 raise ValueError(
                     f"{name} has shape {list(values[name].shape)}, expected {list(parameter.shape)}"
                 )
-            parameter.copy_(values[name])
+            parameter.copy_(sharding.like(values[name], parameter))
 
 
 class LoraTuning(Tuning):
@@ -115,9 +141,14 @@ class LoraTuning(Tuning):
             for layer in layers:
                 layer.enable_adapters(enabled=True)
 
-    def export(self, folder: Path) -> None:
+    def networks(self) -> list[nn.Module]:
+        return [self._transformer]
+
+    def export(self, folder: Path, values: dict[str, Tensor] | None = None) -> None:
         # Without its configuration as metadata a loader takes alpha to be the rank.
-        update = get_peft_model_state_dict(self._transformer)
+        update = get_peft_model_state_dict(
+            self._transformer, state_dict=self._whole() if values is None else values
+        )
         config = {k: _plain(v) for k, v in self._config.to_dict().items()}
         metadata = {f"transformer.{key}": value for key, value in config.items()}
         target = folder / layout.ADAPTER
@@ -136,6 +167,7 @@ class FullTuning(Tuning):
 
     def __init__(self, model: FlowModel, *, keep_reference: bool) -> None:
         """``keep_reference`` holds a frozen copy for the KL."""
+        self._kind = type(model.transformer)
         self._transformer = model.transformer.float().requires_grad_(True)
         self._model = model
         self._reference: nn.Module | None = None
@@ -153,8 +185,18 @@ class FullTuning(Tuning):
         model.transformer = self._reference
         yield replace(policy, model=model)  # shares the counters
 
-    def export(self, folder: Path) -> None:
-        self._transformer.save_pretrained(folder / layout.TRANSFORMER)
+    def networks(self) -> list[nn.Module]:
+        return [self._transformer, *([self._reference] if self._reference is not None else [])]
+
+    def export(self, folder: Path, values: dict[str, Tensor] | None = None) -> None:
+        # The class of a sharded network is another one, and its tensors are parts: the file is
+        # written by a network without weights of its own that is given the whole ones.
+        trained = self._whole() if values is None else values
+        with torch.device("meta"):
+            network = self._kind.from_config(self._transformer.config)
+        buffers = {k: v for k, v in self._transformer.state_dict().items() if k not in trained}
+        network.load_state_dict({**buffers, **trained}, assign=True)
+        network.save_pretrained(folder / layout.TRANSFORMER)
 
 
 def load_result(model: FlowModel, folder: Path) -> None:
