@@ -141,6 +141,12 @@ RULES: tuple[Rule, ...] = (
         _groups_for_every_process,
     ),
     Rule(
+        "spec.compute.tiledDecode",
+        "!self.compute.tiledDecode || self.model.family != 'digits'",
+        "the digits family has no autoencoder to decode with: leave tiledDecode out",
+        lambda spec: not spec.compute.tiled_decode or spec.model.family != "digits",
+    ),
+    Rule(
         "spec.compute.strategy",
         "self.compute.strategy != 'shard' || "
         "self.algorithm.promptsPerEpoch * self.algorithm.seedsPerPrompt "

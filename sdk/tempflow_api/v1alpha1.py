@@ -60,9 +60,12 @@ class Model(Section):
     (``owner/name``). A folder has the diffusers layout."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Commit, tag or branch of a Hugging Face id."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's weights and activations. The stochastic step, log-probabilities,
-    advantages, the trained weights and the optimizer are float32 always."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the network's frozen weights and of its activations. The stochastic step,
+    log-probabilities, advantages, the trained weights and the optimizer are float32 always, so
+    with full tuning this is the precision of the text encoders and the autoencoder only. float16
+    resolves log-probabilities eight times finer than bfloat16, but SD3 fits into its range and
+    FLUX.1 and Qwen-Image do not; its gradients are scaled by a fixed power of two."""
     max_text_tokens: Annotated[int, Field(ge=1, le=4096)] = 128
     """Longest prompt that the long text encoder reads; what is beyond is cut."""
     tuning: Literal["lora", "full"]
@@ -241,6 +244,19 @@ class Compute(Section):
     """Most latents in one call of the network without gradient: bounds the memory of a rollout."""
     rows_per_training_call: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Most (seed, step) pairs in one call with gradient."""
+    rows_per_decode: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Most latents that the autoencoder decodes at once; without it as many as rowsPerCall. Its
+    activations are the largest of a rollout at high resolution."""
+    tiled_decode: bool = False
+    """Decode an image larger than the autoencoder was made for in overlapping tiles: its memory
+    no longer grows with the resolution. The seams are blended, which changes pixels a little."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block for the backward and compute the rest again: a third more
+    work for an update, a fraction of its memory."""
+    text_cache_mebibytes: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Host memory for encoded prompts, a process. Above 0 a prompt that is kept is not encoded
+    again, and the text encoders stay in host memory while they are idle. 0 keeps them on the
+    device and encodes the prompts of every epoch."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     """Container image of the trainer on a cluster; the operator has a default."""
     cpu: Quantity | None = None

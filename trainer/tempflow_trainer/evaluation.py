@@ -80,12 +80,12 @@ class Evaluator:
                 for p, image in jobs
             ]
         )
-        model = self.walker.policy.model
+        policy = self.walker.policy
         images = []
         for rows in torch.arange(len(jobs)).split(self.walker.rows_per_call):
-            conditioning = model.encode([jobs[i][0].text for i in rows.tolist()])
+            conditioning = policy.text.encode([jobs[i][0].text for i in rows.tolist()])
             latents = self.walker.sample(starts_NCHW[rows], conditioning)
-            images.append(model.decode(latents).cpu())
+            images.append(policy.decode(latents))
         return torch.cat(images)
 
 
