@@ -82,8 +82,9 @@ class Data(Section):
     prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
     """Prompts written into the manifest."""
     prompts_file: Uri | None = None
-    """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), or JSON
-    lines (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata."""
+    """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), JSON lines
+    (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata, or the
+    folder of one split of a dataset that ``datasets`` has saved to disk, with such columns."""
     shuffle: bool = True
     """Draw the prompts of each pass in a new random order; else in the order of the file."""
 
