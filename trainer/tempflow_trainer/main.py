@@ -78,6 +78,13 @@ def device_of(spec: JobSpec, local_rank: int) -> torch.device:
     return device
 
 
+def tuning_of(spec: JobSpec, model: FlowModel) -> Tuning:
+    """The weights of ``model`` that the job trains; they are set up for it."""
+    if spec.model.lora is not None:
+        return LoraTuning(model, spec.model.lora, spec.algorithm.seed)
+    return FullTuning(model, keep_reference=spec.algorithm.kl_coefficient > 0)
+
+
 def build_run(
     spec: JobSpec,
     model: FlowModel,
@@ -94,11 +101,7 @@ def build_run(
     """
     algorithm, sampling = spec.algorithm, spec.sampling
     set_memory_savers(spec, model)
-    tuning: Tuning = (
-        LoraTuning(model, spec.model.lora, algorithm.seed)
-        if spec.model.lora is not None
-        else FullTuning(model, keep_reference=algorithm.kl_coefficient > 0)
-    )
+    tuning = tuning_of(spec, model)
     if spec.compute.strategy == "shard" and ranks.world > 1:
         tuning.shard(ranks, device)
     policy = Policy.of(
@@ -240,7 +243,12 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
 
 def read_job(path: Path) -> TempFlowGRPOJob:
     """The resolved job, checked again: it may have been edited, or come from a newer operator."""
-    job = TempFlowGRPOJob.model_validate_json(path.read_bytes())
+    return read_job_text(path.read_text(encoding="utf-8"))
+
+
+def read_job_text(text: str) -> TempFlowGRPOJob:
+    """The same, from its JSON."""
+    job = TempFlowGRPOJob.model_validate_json(text)
     broken = broken_rules(job.spec)
     if broken:
         raise ValueError("; ".join(f"{rule.path}: {rule.message}" for rule in broken))
