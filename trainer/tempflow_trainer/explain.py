@@ -8,6 +8,7 @@ and loss of a run.
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class _Counting(FlowModel):
         del steps, height, width
         return self._schedule
 
-    def encode(self, prompts: list[str]) -> Conditioning:  # type: ignore[override]
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         del prompts
         return Conditioning({})
 
@@ -91,7 +92,7 @@ class Walked:
 def walk(schedule: Schedule, plan: BranchPlan, groups: int, rows_per_call: int) -> Walked:
     """Roll ``plan`` out for so many start noises, and count."""
     model = _Counting(schedule)
-    policy = Policy(model, 1.0, None, torch.device("cpu"))
+    policy = Policy(model, 1.0, None, torch.device("cpu"), text=model)
     starts = torch.zeros(groups, 1, 1, 1)
     rollouts = Walker(policy, schedule, 1.0, rows_per_call).collect(
         plan, starts, Conditioning({}), lambda _step: torch.zeros(groups, plan.draws, 1, 1, 1)

@@ -93,7 +93,7 @@ class Skeleton:
                 for place in (part._parameters, part._buffers, vars(part)):
                     for name, value in list(place.items()):
                         if isinstance(value, Tensor):
-                            place[name] = fake(value)
+                            place[name] = fake(value)  # type: ignore[assignment]
 
     def conditioning(self, rows: int) -> Conditioning:
         """As ``encode`` gives it for so many prompts."""
@@ -144,7 +144,7 @@ def _digits(folder: Path, mode: FakeTensorMode, dtype: torch.dtype) -> Skeleton:
     transformer = _diffusers_part("SD3Transformer2DModel", folder / "transformer").to(dtype)
     encoder = _transformers_part("CLIPTextModel", folder / "text_encoder")
     # Prompts are not read: the tokenizer stays away.
-    pipeline = DigitsPipeline(transformer, encoder, None, scheduler)  # type: ignore[arg-type]
+    pipeline = DigitsPipeline(transformer, encoder, None, scheduler)
     config = transformer.config
     text = {
         "encoder_hidden_states": (
