@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors that were made inside and are still alive, and the most there were."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.peak = 0, 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
@@ -158,7 +158,7 @@ class Footprint:
         model = self.skeleton.model
         guided = model.classifier_free and self.guidance_scale != 1
         negative = self.skeleton.conditioning(1) if guided else None
-        return Policy(model, self.guidance_scale, negative, torch.device("cpu"))
+        return Policy(model, self.guidance_scale, negative, torch.device("cpu"), text=model)
 
     def _rows(self, rows: int) -> tuple[Tensor, Tensor, Any]:
         read = self.skeleton.conditioning(rows)

@@ -57,12 +57,14 @@ class Guard:
         limit, before = self.limits.held_out_drop, self.first_evaluation[0]
         alarms = []
         for name in self.held_out if limit else ():
-            then, value = before.rewards[name], now.rewards[name].mean
+            then, found = before.rewards.get(name), now.rewards.get(name)
+            if then is None or found is None:
+                continue  # it gave no score: nothing is known
             least = then.mean - limit * then.std
-            if value < least:
+            if found.mean < least:
                 alarms.append(
-                    f"held-out reward {name} is {value:.4g}, {then.mean:.4g} before training "
-                    f"(alarm below {least:.4g})"
+                    f"held-out reward {name} is {found.mean:.4g}, {then.mean:.4g} before "
+                    f"training (alarm below {least:.4g})"
                 )
         return alarms
 

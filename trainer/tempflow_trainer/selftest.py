@@ -9,6 +9,7 @@ weight or moment is different afterwards, to the last bit.
 
 import copy
 import hashlib
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from tempflow_api.record import SelfTest
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import experience as ex
-from tempflow_trainer import seeds
+from tempflow_trainer import seeds, sharding
 from tempflow_trainer.algorithm.branching import BranchPlan
 from tempflow_trainer.experience import Experience
 from tempflow_trainer.loop import Run
@@ -41,7 +42,8 @@ class _Probe:
     rows: Experience
     policy: Policy
     conditioning: Conditioning
-    reward: float
+    reward: float | None
+    """None where a score that is not required is missing."""
 
 
 def examine(run: Run, reward: Reward, spec: JobSpec) -> SelfTest:
@@ -55,8 +57,11 @@ def examine(run: Run, reward: Reward, spec: JobSpec) -> SelfTest:
     trained_BK = _by_training(run, probe)
     rollout, alone = _by_rollout(run, probe, trained_BK), _alone(run, probe, trained_BK)
     with_gradient, changed = _step(run, probe)
-    found = torch.tensor([rollout, alone, -with_gradient, -changed], dtype=torch.float64)
+    found = torch.tensor([rollout, alone], dtype=torch.float64)
     worst = torch.stack(run.ranks.gather_rows(found)).amax(dim=0).tolist()
+    counts = torch.stack(run.ranks.gather_rows(torch.tensor([with_gradient, changed])))
+    # A rank that holds parts may have none of a small tensor.
+    reached, moved = (counts.amax(dim=0) if run.tuning.sharded else counts.amin(dim=0)).tolist()
     bound = spec.self_test.log_prob_tolerance * spec.algorithm.clip_range
     parameters = sum(p.numel() for p in run.tuning.parameters().values())
     return SelfTest(
@@ -66,8 +71,8 @@ def examine(run: Run, reward: Reward, spec: JobSpec) -> SelfTest:
         device=str(run.policy.device),
         precision=spec.model.precision,
         trained_parameters=parameters,
-        tensors_with_gradient=-int(worst[2]),
-        tensors_changed=-int(worst[3]),
+        tensors_with_gradient=reached,
+        tensors_changed=moved,
         reward=probe.reward,
         rollout_difference=worst[0],
         one_row_difference=worst[1],
@@ -111,16 +116,25 @@ def _walk(run: Run, reward: Reward) -> _Probe:
     def noise(*what: str | int) -> Tensor:
         return seeds.normal(run.latent_shape, run.run_seed, "self-test", run.ranks.rank, *what)
 
-    conditioning = policy.model.encode([group.prompt.text])
+    conditioning = policy.text.encode([group.prompt.text])
     rollouts = walker.collect(
         plan, noise("start")[None], conditioning, lambda step: noise("branch", step)[None, None]
     )
+    # A scorer that compares needs something to compare.
+    copies = 2 if reward.group_wise else 1
     with torch.no_grad():
-        images = policy.model.decode(rollouts.latents_NCHW).cpu()
-    scores = reward.score(images, [group.prompt.text], [group.prompt.metadata], held_out=True)
+        images = policy.decode(rollouts.latents_NCHW).expand(copies, -1, -1, -1)
+    scores = reward.score(
+        images,
+        [group.prompt.text] * copies,
+        [group.prompt.metadata] * copies,
+        groups=[0] * copies,
+        held_out=True,
+    )
     advantages_GSK = torch.ones(1, len(plan.steps), 1)
     rows = ex.of_rollouts(rollouts, advantages_GSK, plan, walker, run.weights_S)
-    return _Probe(rows, policy, conditioning, float(reward.total(scores)))
+    total = float(reward.total(scores)[0])
+    return _Probe(rows, policy, conditioning, total if math.isfinite(total) else None)
 
 
 def _log_probs_BK(run: Run, probe: _Probe, rows: Experience) -> Tensor:
@@ -166,13 +180,20 @@ def _step(run: Run, probe: _Probe) -> tuple[int, int]:
     try:
         batch = next(probe.rows.micro_batches(run.rows_per_training_call))
         found = run.objective.loss_sums(batch, probe.policy, probe.conditioning, run.tuning)
-        found["policy"].backward()  # type: ignore[no-untyped-call]
-        reached = [n for n, p in parameters.items() if p.grad is not None and bool(p.grad.any())]
+        # As in an update: half precision has no room for gradients of a mean over a latent.
+        scale = 2.0 ** round(math.log2(math.prod(run.latent_shape))) if run.half_range else 1.0
+        (found["policy"] * scale).backward()  # type: ignore[no-untyped-call]
+        reached = [n for n, p in parameters.items() if p.grad is not None and _any(p.grad)]
         run.optimizer.step()
-        changed = [n for n in reached if not torch.equal(before[n], parameters[n].detach())]
+        changed = [n for n in reached if _any(before[n] - parameters[n].detach())]
         return len(reached), len(changed)
     finally:
         run.tuning.assign(before)
         run.optimizer.load_state_dict(moments)
         for parameter in parameters.values():
             parameter.grad = None
+
+
+def _any(tensor: Tensor) -> bool:
+    """Whether this rank's part of a tensor has a number other than zero."""
+    return bool(sharding.part(tensor).any())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tempflow.manifest import parse_text
@@ -73,7 +74,12 @@ def test_counts_are_those_of_an_executed_epoch(changes: dict[str, object], tmp_p
         ),
         with_kwargs=True,
     )
-    run.policy.model.decode = lambda x: images.append(len(x)) or decode(x)  # type: ignore[func-returns-value, method-assign]
+
+    def counted(latents_BCHW: Tensor) -> Tensor:
+        images.append(len(latents_BCHW))
+        return decode(latents_BCHW)
+
+    run.policy.model.decode = counted  # type: ignore[method-assign]
     loop.run_epoch(run, 0)
     done = run.policy.evaluations
     expected = told.evaluations

@@ -107,6 +107,11 @@ def test_a_held_out_reward_that_falls() -> None:
     assert alarm == "held-out reward judge is 0.59, 0.8 before training (alarm below 0.6)"
 
 
+def test_a_held_out_reward_without_scores_says_nothing() -> None:
+    one, missing = guard(), evaluation(0.8).model_copy(update={"rewards": {}})
+    assert [one.evaluation(e) for e in (evaluation(0.8), missing)] == [[], []]
+
+
 def test_the_gradient_is_compared_with_the_last_epochs_only() -> None:
     one = guard()
     assert [one.epoch(metrics(e, grad_norm=100.0)) for e in range(1, 4)] == [[]] * 3
