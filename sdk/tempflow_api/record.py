@@ -83,6 +83,8 @@ class Evaluation(Observed):
     """Images that a reward failed with, of ``images``, by reward."""
     diversity: float | None
     """Mean distance of two images of a prompt; None where a prompt has one image."""
+    alarms: list[str] = Field(default_factory=list)
+    """What the guard found wrong."""
     images: int
     grid: str | None
     """Picture of all images, below the run's folder."""

@@ -285,6 +285,7 @@ class Session:
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
         line = _evaluation_line(self.epochs_done, found, grid)
+        line = line.model_copy(update={"alarms": alarms})
         self.record.append(layout.EVALUATIONS, line)
         self.tracking.evaluation(line)
         log.info(
