@@ -354,6 +354,7 @@ class Wandb(Section):
     ``WANDB_API_KEY``."""
 
     project: Annotated[str, Field(min_length=1, max_length=128)] = "tempflow"
+    """Where the run is listed."""
     entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Team or user; the key's own if absent."""
     mode: Literal["online", "offline"] = "online"

@@ -182,7 +182,7 @@ def _step(run: Run, probe: _Probe) -> tuple[int, int]:
         found = run.objective.loss_sums(batch, probe.policy, probe.conditioning, run.tuning)
         # As in an update: half precision has no room for gradients of a mean over a latent.
         scale = 2.0 ** round(math.log2(math.prod(run.latent_shape))) if run.half_range else 1.0
-        (found["policy"] * scale).backward()  # type: ignore[no-untyped-call]
+        (found["policy"] * scale).backward()
         reached = [n for n, p in parameters.items() if p.grad is not None and _any(p.grad)]
         run.optimizer.step()
         changed = [n for n in reached if _any(before[n] - parameters[n].detach())]

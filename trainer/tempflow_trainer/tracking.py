@@ -86,9 +86,7 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         self.end()
-        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(self._folder), purge_step=epoch + 1
-        )
+        self._writer = SummaryWriter(str(self._folder), purge_step=epoch + 1)
 
     def write(self, epoch: int, values: Mapping[str, float], picture: Path | None) -> None:
         for name, value in values.items():

@@ -150,13 +150,12 @@ def test_an_evaluation_has_its_own_size_and_guidance(tmp_path: Path) -> None:
     """Twice the rows for guidance, counted with the run's; other images; the size that is asked."""
     spec = SD3.spec(tmp_path)
     plain = spec.evaluation.model_copy(update={"steps": 2, "prompts": 1, "images_per_prompt": 1})
-    model = families.load(spec.model, cache=tmp_path, device=CPU)
 
     def drawn(**changes: object) -> tuple[torch.Tensor, int]:
         asked = plain.model_copy(update=changes)
         job = spec.model_copy(update={"evaluation": asked})
+        model = families.load(job.model, cache=tmp_path, device=CPU)
         run = build_run(job, model, load_prompts(job), ALONE, CPU, lambda: False)
-        model.transformer.delete_adapters("default")
         images = evaluator_of(job, run, load_prompts(job)).run().images_PM3HW
         return images, run.policy.evaluations["evaluation"]
 

@@ -16,7 +16,6 @@ from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import Guard as Limits
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import loop
-from tempflow_trainer import session as session_module
 from tempflow_trainer.data import load_prompts
 from tempflow_trainer.guard import Guard
 from tempflow_trainer.main import build_run
@@ -241,7 +240,7 @@ def test_gradients_that_are_not_finite_are_rolled_back_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm = {**ROLLBACK, "optimizer.learningRate": 1e-3, "algorithm.epochs": 6}
-    run_epoch, broken = session_module.run_epoch, [5]
+    run_epoch, broken = loop.run_epoch, [5]
 
     def breaking(run: Any, epoch: int) -> dict[str, Any]:
         if broken and epoch == broken[0]:
@@ -249,7 +248,7 @@ def test_gradients_that_are_not_finite_are_rolled_back_too(
             raise TrainingDiverged("the gradient norm is nan")
         return run_epoch(run, epoch)
 
-    monkeypatch.setattr(session_module, "run_epoch", breaking)
+    monkeypatch.setattr("tempflow_trainer.session.run_epoch", breaking)
     session = session_of(spec_of(calm), tmp_path)
     session.train()
     assert session.rollbacks == 1

@@ -10,8 +10,10 @@ from torch import Tensor
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import Preempted, RewardFailed, SelfTestFailed
 from tempflow_api.record import SelfTest
+from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import selftest
 from tempflow_trainer.data import load_prompts
+from tempflow_trainer.loop import Run
 from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import Conditioning
@@ -96,7 +98,7 @@ def test_what_breaks_the_ratio_stops_the_run(model: type[Mlp], words: str, tmp_p
 
 
 def test_an_image_that_is_not_a_number_stops_the_run() -> None:
-    with pytest.raises(RewardFailed, match="must be finite"):
+    with pytest.raises(RewardFailed, match="nothing to score: images from nan"):
         selftest.examine(run_of(spec_of(), Overflowing()), BRIGHTNESS, spec_of())
 
 
@@ -118,7 +120,12 @@ def test_the_tolerance_is_the_bound() -> None:
 def test_it_runs_once_for_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
     examine = selftest.examine
-    monkeypatch.setattr(selftest, "examine", lambda *given: asked.append(None) or examine(*given))
+
+    def noted(run: Run, reward: Reward, spec: JobSpec) -> SelfTest:
+        asked.append(None)
+        return examine(run, reward, spec)
+
+    monkeypatch.setattr(selftest, "examine", noted)
     with pytest.raises(Preempted):
         session_of(spec_of(), tmp_path, stop_requested=after(2)).train()
     with pytest.raises(Preempted):

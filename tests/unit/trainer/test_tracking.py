@@ -1,5 +1,6 @@
 """Trackers: what the record says, once, on the same curves after a stop; nothing is sent here."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def test_tensorboards_curves_go_on_after_a_stop(stops: int, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read back from its own file; a second start has the same identity."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    records: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    datastore: Any = importlib.import_module("wandb.sdk.internal.datastore")
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     spec = spec_of({**SHORT, "tracking.wandb": {"project": "p", "mode": "offline"}})
@@ -74,10 +75,10 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [file.name for file in files] == [f"run-{identity}.wandb"] * 2
     told: dict[int, float] = {}
     for file in files:
-        store = DataStore()
+        store = datastore.DataStore()
         store.open_for_scan(str(file))
         while (data := store.scan_data()) is not None:
-            entry = wandb_internal_pb2.Record()
+            entry = records.Record()
             entry.ParseFromString(data)
             said = {item.key or item.nested_key[0]: item.value_json for item in entry.history.item}
             if "train/reward" in said:
