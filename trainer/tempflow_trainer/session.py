@@ -423,6 +423,7 @@ class Session:
             lines = self.record.lines(layout.EVALUATIONS, EvaluationLine)
             summary = summarise(lines, self._totals(), self.epochs_done, str(self.committed_uri))
             self.record.write(layout.SUMMARY, summary.model_dump_json(by_alias=True, indent=1))
+            self.tracking.end()  # what is stored is whole
             self._store_record()
         self._on_phase("done")
 

@@ -102,6 +102,7 @@ class TensorBoard(Tracker):
     def end(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
 
 class WeightsAndBiases(Tracker):
@@ -153,8 +154,13 @@ class WeightsAndBiases(Tracker):
         self._run.log(content)
 
     def end(self) -> None:
-        if self._run is not None:
-            self._run.finish()
+        if self._run is None:
+            return
+        import wandb
+
+        self._run.finish()
+        self._run = None
+        wandb.teardown()  # only now its process has written everything
 
     def _identity(self) -> str:
         file = self._folder / layout.RECORD / "wandb-id"
