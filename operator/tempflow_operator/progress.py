@@ -36,6 +36,7 @@ class Target:
     pod_uid: str
     ip: str
     attempt: int
+    run_id: str
     port: int = PROGRESS_PORT
 
     @property
@@ -44,7 +45,7 @@ class Target:
         return f"http://{host}:{self.port}{PROGRESS_PATH}"
 
 
-def parse(body: bytes, attempt: int) -> Progress:
+def parse(body: bytes, run_id: str, attempt: int) -> Progress:
     """The progress in an answer; Unusable when it is anything else."""
     try:
         progress = Progress.model_validate_json(body)
@@ -52,6 +53,8 @@ def parse(body: bytes, attempt: int) -> Progress:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the answer"
         raise Unusable(f"not a progress record: {where}: {problem['msg']}") from None
+    if progress.run_id != run_id:
+        raise Unusable("it is the progress of another run")
     if progress.attempt != attempt:
         raise Unusable(f"it is the progress of attempt {progress.attempt}")
     if progress.epoch > progress.epochs:
@@ -135,7 +138,7 @@ class ProgressReader:
         before = watched.reading
         try:
             body = await fetch(session, watched.target.url, self._settings.max_bytes)
-            watched.reading = Reading(parse(body, watched.target.attempt))
+            watched.reading = Reading(parse(body, watched.target.run_id, watched.target.attempt))
             watched.failures = 0
             result = "ok"
         except (Unusable, aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tempflow_api.conditions import ConditionType, Reason, is_true
 from tempflow_api.status import JobStatus
+from tempflow_api.termination import LastWords
 from tempflow_operator import desired
 from tempflow_operator.cluster import ApiError, Cluster, NameTaken, Observation
 from tempflow_operator.decisions import events, instants, ledger, plan, validity
@@ -19,6 +20,7 @@ from tempflow_operator.decisions.ledger import Ledger
 from tempflow_operator.decisions.observed import Key, Snapshot, TrainingJob
 from tempflow_operator.decisions.plan import Action
 from tempflow_operator.decisions.status import Obstacle, Reading
+from tempflow_operator.lastwords import Heard
 from tempflow_operator.metrics import Metrics
 from tempflow_operator.probes import WatchProof
 from tempflow_operator.progress import ProgressReader, Target
@@ -68,6 +70,7 @@ class Reconciler:
         settings: Settings,
         *,
         progress: ProgressReader,
+        heard: Heard,
         watches: WatchProof,
         metrics: Metrics,
         wall_clock: Callable[[], float] = time.time,
@@ -75,6 +78,7 @@ class Reconciler:
         self._cluster = cluster
         self._settings = settings
         self._progress = progress
+        self._heard = heard
         self._watches = watches
         self._metrics = metrics
         self._wall_clock = wall_clock
@@ -96,7 +100,7 @@ class Reconciler:
         obstacle = await self._act(key, decision.actions)
         # What could not be started has not started.
         reached = decision.intended if obstacle is None else decision.accounts
-        reading = self._progress.reading(key, rank_zero(seen, reached))
+        reading = self._progress.reading(key, rank_zero(job, seen, reached))
         await self._publish(found, reached, reading, obstacle, now)
         if obstacle is not None:
             raise Obstructed(obstacle.message)
@@ -133,6 +137,7 @@ class Reconciler:
             seen,
             accounts,
             reading=reading,
+            words=last_words_of(job, seen, accounts, self._heard.of(job.namespace, job.uid)),
             obstacle=obstacle,
             released=released,
             now=now,
@@ -171,11 +176,22 @@ class Reconciler:
             self._metrics.time_to_running.observe(max(0.0, from_start))
 
 
-def rank_zero(seen: Snapshot, accounts: Ledger) -> Target | None:
+def rank_zero(job: TrainingJob, seen: Snapshot, accounts: Ledger) -> Target | None:
     """Whom to ask for progress: the running pod with index 0 of the attempt under way."""
     if not accounts.open:
         return None
     for pod in seen.pods_of(accounts.attempt):
         if pod.rank == 0 and pod.phase == "Running" and pod.ip and not pod.deleting:
-            return Target(pod.uid, pod.ip, accounts.attempt)
+            return Target(pod.uid, pod.ip, accounts.attempt, job.run_id)
+    return None
+
+
+def last_words_of(
+    job: TrainingJob, seen: Snapshot, accounts: Ledger, heard: LastWords | None
+) -> LastWords | None:
+    """Of the newest attempt's rank 0: as its pod has them, or else as the watch told of them."""
+    told = (pod.ended.words for pod in seen.pods_of(accounts.attempt) if pod.ended is not None)
+    for words in (*told, heard):
+        if words is not None and (words.run_id, words.attempt) == (job.run_id, accounts.attempt):
+            return words
     return None

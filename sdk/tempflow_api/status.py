@@ -63,6 +63,8 @@ class Progress(Observed):
     epochs: Count
     phase: Literal["starting", "rollout", "scoring", "update", "evaluation", "checkpoint", "done"]
     attempt: Count = 0
+    run_id: Text = ""
+    """Of which run it is the progress; an address may have been another job's pod before."""
     reward: Finite | None = None
     """Mean reward of the last epoch's draws."""
     images_per_second: Finite | None = None

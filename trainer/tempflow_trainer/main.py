@@ -161,9 +161,8 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         record = Record(work)
     except OSError as error:
         raise StoreUnavailable(f"cannot write to {work}: {error.strerror}") from error
-    store = open_store(
-        spec.checkpoint, environment.get(naming.ENV_RUN_ID, job.metadata.name), work.parent
-    )
+    run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
+    store = open_store(spec.checkpoint, run_id, work.parent)
     if ranks.is_first:
         store.probe()
     device = device_of(spec, ranks.local_rank)
@@ -183,6 +182,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         ),
         record=record,
         announce=server.announce if server else lambda _progress: None,
+        run_id=run_id,
     ).train()
 
 

@@ -59,7 +59,7 @@ def bring_up_to_date(
     if ledger.end is not None:
         return ledger
     ledger = _settle(ledger, job, seen, now, timing)
-    newest = max((gang.attempt for gang in seen.gangs), default=0)
+    newest = seen.newest_attempt
     if newest > ledger.attempt:
         # Created by a pass whose status write was lost.
         ledger = _settle(opened(ledger, newest), job, seen, now, timing)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from tempflow_api.naming import LABEL_ATTEMPT, TRAINER_CONTAINER
+from tempflow_api import termination
+from tempflow_api.naming import LABEL_ATTEMPT, TRAINER_CONTAINER, run_folder
 from tempflow_api.rules import broken_rules
 from tempflow_api.status import JobStatus
+from tempflow_api.termination import LastWords
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_operator.decisions import instants
 from tempflow_operator.decisions.adoption import owned_by
@@ -19,6 +21,8 @@ from tempflow_operator.decisions.adoption import owned_by
 Raw = Mapping[str, Any]
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+RECEIPT = "ConfigMap"
+"""The kind of the object that shows that an attempt's number is used."""
 
 
 class Key(NamedTuple):
@@ -47,6 +51,11 @@ class TrainingJob:
     status: JobStatus
     stored_status: Raw = field(default_factory=dict)
     """As it is stored, to tell whether a write would change anything."""
+
+    @property
+    def run_id(self) -> str:
+        """Under which the trainer files its checkpoints."""
+        return run_folder(self.namespace, self.name, self.uid)
 
     @property
     def suspend(self) -> bool:
@@ -88,6 +97,9 @@ class Ended:
     exit_code: int
     reason: str = ""
     message: str = ""
+    """What it left for people."""
+    words: LastWords | None = None
+    """What it left for the operator."""
     time: float | None = None
 
 
@@ -145,6 +157,13 @@ class Snapshot:
 
     def pods_of(self, attempt: int) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.attempt == attempt)
+
+    @property
+    def newest_attempt(self) -> int:
+        """The highest number under which something may have run: that of a gang, or of a
+        ConfigMap, which is created after its gang and without which no pod starts."""
+        receipts = (part.attempt for part in self.parts if part.kind == RECEIPT)
+        return max((*(gang.attempt for gang in self.gangs), *receipts), default=0)
 
     @property
     def anything_live(self) -> bool:
@@ -271,6 +290,12 @@ def _part(kind: str, metadata: Raw) -> Part:
     )
 
 
+def last_words(raw_pod: Raw) -> LastWords | None:
+    """What the ended trainer in a pod left for the operator."""
+    ended = _pod(raw_pod).ended
+    return ended.words if ended is not None else None
+
+
 def _pod(raw: Raw) -> Pod:
     metadata, status = raw["metadata"], raw.get("status", {})
     statuses = status.get("containerStatuses") or []
@@ -318,9 +343,11 @@ def _ended(container: Raw) -> Ended | None:
     state = container.get("state", {}).get("terminated")
     if not state:
         return None
+    words, message = termination.read(state.get("message", ""))
     return Ended(
         exit_code=state.get("exitCode", 0),
         reason=state.get("reason", ""),
-        message=state.get("message", ""),
+        message=message,
+        words=words,
         time=_time(state.get("finishedAt")),
     )

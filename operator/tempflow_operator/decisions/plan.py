@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tempflow_operator.decisions.ledger import Ledger, deadline_at, opened
-from tempflow_operator.decisions.observed import Gang, Part, Snapshot, TrainingJob
+from tempflow_operator.decisions.observed import RECEIPT, Gang, Part, Snapshot, TrainingJob
 from tempflow_operator.settings import Timing
 
 
@@ -70,13 +70,14 @@ def actions(
     desired: Sequence[Mapping[str, Any]],
     now: float,
 ) -> list[Action]:
-    """What to do, in order. ``desired`` are the objects of the open attempt, the Job last, so that
-    what its pods need exists before them."""
+    """What to do, in order. ``desired`` are the objects of the open attempt, in the order of their
+    creation."""
     if job.deleting:
         return []  # the garbage collector takes it all
     if _expired(job, ledger, now):
         return [Delete(kind=KIND_OF_JOB, name=job.name, uid=job.uid)]
-    return [*_removals(seen, ledger), *_creations(seen, desired if ledger.open else ())]
+    removals = _removals(seen, ledger, recorded=job.status.attempt)
+    return [*removals, *_creations(seen, desired if ledger.open else ())]
 
 
 # The custom resource itself, deleted when its time to live is over.
@@ -90,9 +91,14 @@ def _creations(seen: Snapshot, desired: Sequence[Mapping[str, Any]]) -> list[Act
     return [create for create in creations if (create.kind, create.name) not in present]
 
 
-def _removals(seen: Snapshot, ledger: Ledger) -> list[Action]:
+def _removals(seen: Snapshot, ledger: Ledger, *, recorded: int) -> list[Action]:
+    """``recorded`` is the newest attempt that the stored status knows."""
     gangs = [gang for gang in seen.gangs if not gang.deleting and _superfluous(gang, ledger)]
-    parts = [part for part in seen.parts if not part.deleting and not _in_use(part, ledger)]
+    parts = [part for part in seen.parts if not part.deleting]
+    # The only witness of a number that status does not know yet stays until it does.
+    known = {*range(recorded + 1), *(gang.attempt for gang in seen.gangs)}
+    parts = [part for part in parts if not _in_use(part, ledger)]
+    parts = [part for part in parts if part.kind != RECEIPT or part.attempt in known]
     return [
         *(Delete("Job", gang.name, gang.uid) for gang in gangs),
         *(Delete(part.kind, part.name, part.uid) for part in parts),

@@ -14,5 +14,7 @@ __all__ = ["AttemptOf", "Manifest", "objects"]
 
 
 def objects(attempt: AttemptOf, settings: Pods) -> list[Manifest]:
-    """In the order of creation: what the pods need comes before them."""
-    return [service(attempt), config_map(attempt), workers(attempt, settings)]
+    """In the order of creation. The ConfigMap comes last: no pod starts without it, so where it
+    is missing nothing has run under the attempt's number, and where it is the number is used, even
+    if somebody has deleted the Job meanwhile."""
+    return [service(attempt), workers(attempt, settings), config_map(attempt)]

@@ -180,7 +180,7 @@ def _resources(compute: Compute) -> Manifest:
 
 def _volumes(attempt: AttemptOf) -> list[Manifest]:
     return [
-        {"name": "job", "configMap": {"name": attempt.name}},
+        {"name": "job", "configMap": {"name": attempt.config_name}},
         {"name": "work", "emptyDir": {}},
         {"name": "home", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},

@@ -7,11 +7,12 @@ import pytest
 
 from tempflow_api.conditions import ConditionType, Reason, find, is_true
 from tempflow_api.status import JobStatus, Progress
+from tempflow_api.termination import LastWords, compose
 from tempflow_operator import settings as configuration
 from tempflow_operator.decisions import plan
 from tempflow_operator.decisions.plan import Action, Create, Delete
 from tempflow_operator.decisions.status import Obstacle, Reading, next_status, stored_form
-from tempflow_operator.reconcile import decide
+from tempflow_operator.reconcile import decide, last_words_of
 from tests.builders import (
     T0,
     UID,
@@ -26,7 +27,7 @@ from tests.builders import (
 )
 
 SETTINGS = configuration.Settings()
-START = [("Create", "Service"), ("Create", "ConfigMap"), ("Create", "Job")]
+START = [("Create", "Service"), ("Create", "Job"), ("Create", "ConfigMap")]
 
 
 class Story:
@@ -44,6 +45,7 @@ class Story:
         seconds: float = 0,
         parts: tuple[int, ...] = (),
         reading: Reading | None = None,
+        heard: LastWords | None = None,
         obstacle: Obstacle | None = None,
     ) -> list[Action]:
         job, snapshot, now = self.job.typed(), seen(*things, parts=parts), T0 + seconds
@@ -54,6 +56,7 @@ class Story:
             snapshot,
             accounts,
             reading=reading,
+            words=last_words_of(job, snapshot, accounts, heard),
             obstacle=obstacle,
             released=plan.released(accounts, snapshot, now, self.settings.timing),
             now=now,
@@ -102,7 +105,7 @@ class TestTheFirstPass:
         story = Story(make_job())
         actions = story.look()
         assert kinds(actions) == START
-        assert {action.name for action in actions} == {"demo-a1"}
+        assert [action.name for action in actions] == ["demo-a1", "demo-a1", "demo-a1-11111111"]
         assert (story.status.attempt, story.status.phase) == (1, "Starting")
 
     def test_sets_every_condition_with_its_generation(self) -> None:
@@ -121,7 +124,22 @@ class TestTheFirstPass:
 
     def test_goes_on_where_another_was_cut_off(self) -> None:
         story = Story(make_job())
-        assert kinds(story.look(parts=(1,))) == [("Create", "Job")]
+        actions = story.look(make_gang().started())
+        assert kinds(actions) == [("Create", "Service"), ("Create", "ConfigMap")]
+        assert story.status.attempt == 1
+
+    def test_takes_no_number_again_under_which_something_may_have_run(self) -> None:
+        """The status of the first pass is lost, and somebody deletes its Job."""
+        story = Story(make_job())
+        assert story.look(parts=(1,)) == [Delete("Service", "demo-a1", "part-1")]
+        assert story.status.attempts[0].outcome == "Disrupted"
+        actions = story.look(parts=(1,), seconds=10)
+        assert [action.name for action in actions if isinstance(action, Create)] == [
+            "demo-a2",
+            "demo-a2",
+            "demo-a2-11111111",
+        ]
+        assert Delete("ConfigMap", "demo-a1-11111111", "part-1") in actions
 
     def test_after_a_lost_status_adopts_the_gang(self) -> None:
         story = Story(make_job())
@@ -274,7 +292,7 @@ class TestFailure:
         assert story.look(failed_gang(), make_pod().failed(1), seconds=104) == []
         actions = story.look(failed_gang(), make_pod().failed(1), seconds=112)
         assert kinds(actions) == START
-        assert {action.name for action in actions} == {"demo-a2"}
+        assert {action.name for action in actions} == {"demo-a2", "demo-a2-11111111"}
 
     def test_waits_for_pods_that_still_stop(self) -> None:
         story = started()
@@ -443,7 +461,7 @@ class TestObstacles:
     def test_parts_that_somebody_deleted_are_made_again(self) -> None:
         story = started()
         actions = story.look(make_gang().started(), make_pod().running(), seconds=5)
-        assert kinds(actions) == START[:2]
+        assert kinds(actions) == [START[0], START[2]]
 
     def test_a_changed_operator_does_not_end_what_runs(self) -> None:
         """The image that a running job took from the operator's default is the default no more."""
@@ -495,3 +513,67 @@ def test_a_status_that_nobody_can_read_is_written_anew() -> None:
     story = Story(make_job().with_status({"attempt": "many"}))
     story.look(make_gang(3).started(), make_pod(3).running(), parts=(3,))
     assert (story.status.attempt, story.status.phase) == (3, "Running")
+
+
+def words(epoch: int, *, attempt: int = 1, run_id: str = "team/demo-11111111") -> LastWords:
+    return LastWords(
+        run_id=run_id,
+        attempt=attempt,
+        checkpoint_epoch=epoch,
+        checkpoint_uri=f"s3://bucket/{epoch}",
+    )
+
+
+class TestTheLastCheckpoint:
+    """An attempt commits once more when it is asked to stop, and deletes what it named before."""
+
+    RUN = "s3://bucket/runs/team/demo-11111111"
+
+    def ending(self, *, heard: LastWords | None = None, message: str = "") -> Story:
+        story = started()
+        reading = Reading(progress(epoch=1, checkpoint=1))
+        story.look(make_gang().started(), make_pod().running(), parts=(1,), reading=reading)
+        story.look(failed_gang(), make_pod().failed(90, message), seconds=100, heard=heard)
+        return story
+
+    def named(self, story: Story) -> tuple[int, str | None]:
+        assert story.status.checkpoint is not None
+        assert story.status.progress is not None
+        checkpoint, progress = story.status.checkpoint, story.status.progress
+        assert progress.checkpoint_uri == checkpoint.uri
+        return checkpoint.epoch, checkpoint.uri
+
+    def test_is_what_the_pod_left_behind(self) -> None:
+        story = self.ending(message=compose(words(2), "stopped"))
+        assert self.named(story) == (2, "s3://bucket/2")
+        failure = story.status.attempts[0].failure
+        assert failure is not None
+        assert failure.message == "stopped"
+
+    def test_is_what_the_watch_told_of_a_pod_that_is_gone(self) -> None:
+        story = self.ending(heard=words(2))
+        assert self.named(story) == (2, "s3://bucket/2")
+        story.look(failed_gang(), seconds=101)
+        assert self.named(story) == (2, "s3://bucket/2")
+
+    @pytest.mark.parametrize(
+        "heard", [None, words(2, attempt=7), words(2, run_id="team/other-11111111")]
+    )
+    def test_is_looked_for_in_the_run_where_nothing_tells(self, heard: LastWords | None) -> None:
+        story = self.ending(heard=heard)
+        assert self.named(story) == (1, self.RUN)
+        story.look(failed_gang(), seconds=101)
+        assert self.named(story) == (1, self.RUN)
+
+    def test_may_be_told_late(self) -> None:
+        story = self.ending()
+        story.look(failed_gang(), seconds=101, heard=words(2))
+        assert self.named(story) == (2, "s3://bucket/2")
+
+    def test_of_a_success_is_that_after_the_last_epoch(self) -> None:
+        story = started()
+        story.look(make_gang().started().complete(), heard=words(2))
+        assert story.status.checkpoint is not None
+        assert story.status.checkpoint.uri == "s3://bucket/2"
+        story.look(make_gang().started().complete(), seconds=10)
+        assert story.status.checkpoint.uri == "s3://bucket/2"
