@@ -237,6 +237,8 @@ def seen(*objects: GangBuilder | PodBuilder, parts: tuple[int, ...] = ()) -> Sna
         UID,
         jobs=[thing.build() for thing in objects if isinstance(thing, GangBuilder)],
         pods=[thing.build() for thing in objects if isinstance(thing, PodBuilder)],
-        services=[make_part(attempt) for attempt in parts],
-        config_maps=[make_part(attempt, config=True) for attempt in parts],
+        parts={
+            "Service": [make_part(attempt) for attempt in parts],
+            "ConfigMap": [make_part(attempt, config=True) for attempt in parts],
+        },
     )

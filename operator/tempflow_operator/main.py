@@ -162,7 +162,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     metrics = Metrics()
-    cluster = await Cluster.connect(metrics)
+    cluster = await Cluster.connect(metrics, settings.pods.gang_scheduler)
     try:
         await first_of(stop.wait(), Operator(settings, cluster, metrics).run())
     finally:

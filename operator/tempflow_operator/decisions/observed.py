@@ -135,7 +135,8 @@ class Pod:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A Service or ConfigMap of an attempt; only its existence matters."""
+    """What an attempt has beside its gang: a Service, a ConfigMap, perhaps a NetworkPolicy and a
+    PodGroup. Only its existence matters."""
 
     kind: str
     name: str
@@ -221,20 +222,19 @@ def snapshot(
     *,
     jobs: Iterable[Raw] = (),
     pods: Iterable[Raw] = (),
-    services: Iterable[Raw] = (),
-    config_maps: Iterable[Raw] = (),
+    parts: Mapping[str, Iterable[Raw]] | None = None,
 ) -> Snapshot:
-    """What was listed by label, less what the job does not own."""
+    """What was listed by label, less what the job does not own. ``parts`` are by kind."""
     gangs = tuple(_gang(job) for job in jobs if owned_by(job["metadata"], owner_uid))
-    services = [part for part in services if owned_by(part["metadata"], owner_uid)]
-    config_maps = [part for part in config_maps if owned_by(part["metadata"], owner_uid)]
     return Snapshot(
         gangs=gangs,
         # Only a gang's template carries the job's UID, and a pod outlives a gang that is deleted.
         pods=tuple(_pod(pod) for pod in pods),
-        parts=(
-            *(_part("Service", part["metadata"]) for part in services),
-            *(_part("ConfigMap", part["metadata"]) for part in config_maps),
+        parts=tuple(
+            _part(kind, part["metadata"])
+            for kind, listed in (parts or {}).items()
+            for part in listed
+            if owned_by(part["metadata"], owner_uid)
         ),
     )
 

@@ -95,10 +95,9 @@ def _removals(seen: Snapshot, ledger: Ledger, *, recorded: int) -> list[Action]:
     """``recorded`` is the newest attempt that the stored status knows."""
     gangs = [gang for gang in seen.gangs if not gang.deleting and _superfluous(gang, ledger)]
     parts = [part for part in seen.parts if not part.deleting]
-    # The only witness of a number that status does not know yet stays until it does.
-    known = {*range(recorded + 1), *(gang.attempt for gang in seen.gangs)}
     parts = [part for part in parts if not _in_use(part, ledger)]
-    parts = [part for part in parts if part.kind != RECEIPT or part.attempt in known]
+    # The lasting witness of a number that status does not know yet stays until it does.
+    parts = [part for part in parts if part.kind != RECEIPT or part.attempt <= recorded]
     return [
         *(Delete("Job", gang.name, gang.uid) for gang in gangs),
         *(Delete(part.kind, part.name, part.uid) for part in parts),

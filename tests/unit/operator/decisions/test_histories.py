@@ -47,8 +47,7 @@ class World:
             UID,
             jobs=self.gangs.values(),
             pods=self.pods.values(),
-            services=services,
-            config_maps=maps,
+            parts={"Service": services, "ConfigMap": maps},
         )
 
     def execute(self, action: Action) -> None:
