@@ -335,7 +335,7 @@ def _event(job: TrainingJob, name: str, tell: Tell, now: float, identity: str) -
         "kind": "Event",
         "metadata": {"name": name, "namespace": job.namespace},
         "eventTime": instants.micro_timestamp(now),
-        "reportingController": f"{naming.GROUP}/operator",
+        "reportingController": naming.OPERATOR,
         "reportingInstance": identity[:128],
         "action": "Reconcile",
         "type": tell.event.type,

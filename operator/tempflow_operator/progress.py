@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tempflow_api.naming import PROGRESS_PATH, PROGRESS_PORT
 from tempflow_api.status import Progress
 from tempflow_operator.decisions.observed import Key
-from tempflow_operator.decisions.status import Reading
+from tempflow_operator.decisions.reading import Reading
 from tempflow_operator.metrics import Metrics
 from tempflow_operator.settings import Progress as ProgressSettings
 
@@ -101,6 +101,11 @@ class ProgressReader:
             self._watched[key] = watched = _Watched(target, due=self._clock())
             self._changed.set()
         return watched.reading
+
+    def last(self, key: Key) -> Reading | None:
+        """The newest reading of whom is watched for that job."""
+        watched = self._watched.get(key)
+        return watched.reading if watched is not None else None
 
     async def run(self) -> None:
         """Read until cancelled."""

@@ -43,10 +43,16 @@ class Decision(NamedTuple):
     actions: list[Action]
 
 
-def decide(job: TrainingJob, seen: Snapshot, now: float, settings: Settings) -> Decision:
-    """The whole decision of a pass, as a function of what was observed."""
+def decide(
+    job: TrainingJob,
+    seen: Snapshot,
+    now: float,
+    settings: Settings,
+    reading: Reading | None = None,
+) -> Decision:
+    """The whole decision of a pass, as a function of what was observed and read."""
     problems = validity.problems(job, default_image=settings.pods.image)
-    accounts = ledger.bring_up_to_date(job, seen, problems, now, settings.timing)
+    accounts = ledger.bring_up_to_date(job, seen, problems, now, settings.timing, reading)
     intended = plan.next_attempt(accounts, job, seen, now, settings.timing)
     objects: list[desired.Manifest] = []
     if job.spec is not None and intended.open:
@@ -96,7 +102,10 @@ class Reconciler:
             return None
         self._watches.expect(key.namespace, found.newest)
         job, seen, now = found.job, found.seen, self._wall_clock()
-        decision = decide(job, seen, now, self._settings)
+        if not job.ours:
+            self._progress.reading(key, None)
+            return None
+        decision = decide(job, seen, now, self._settings, self._progress.last(key))
         obstacle = await self._act(key, decision.actions)
         # What could not be started has not started.
         reached = decision.intended if obstacle is None else decision.accounts
@@ -104,7 +113,7 @@ class Reconciler:
         await self._publish(found, reached, reading, obstacle, now)
         if obstacle is not None:
             raise Obstructed(obstacle.message)
-        due = plan.look_again_at(job, seen, reached, now, self._settings.timing)
+        due = plan.look_again_at(job, seen, reached, now, self._settings.timing, reading)
         return None if due is None else max(0.0, due - now)
 
     async def _act(self, key: Key, actions: list[Action]) -> Obstacle | None:
@@ -166,7 +175,7 @@ class Reconciler:
     def _count(self, old: JobStatus, new: JobStatus, now: float) -> None:
         before = {attempt.number: attempt.outcome for attempt in old.attempts}
         for attempt in new.attempts:
-            ended = attempt.outcome in ("Failed", "Disrupted")
+            ended = attempt.outcome in ("Failed", "Disrupted", "Unfit")
             if ended and before.get(attempt.number) != attempt.outcome:
                 self._metrics.restarts.labels(attempt.outcome).inc()
         running = ConditionType.RUNNING

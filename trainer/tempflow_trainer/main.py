@@ -16,7 +16,7 @@ from tempflow_api import naming
 from tempflow_api.errors import DeviceMissing, ExitCode, StoreUnavailable, TempFlowError
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
-from tempflow_trainer import distributed
+from tempflow_trainer import distributed, preflight
 from tempflow_trainer.algorithm import branching, sde, weighting
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.checkpoint import Checkpoints
@@ -163,11 +163,14 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         raise StoreUnavailable(f"cannot write to {work}: {error.strerror}") from error
     run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
     store = open_store(spec.checkpoint, run_id, work.parent)
-    if ranks.is_first:
+    if spec.compute.preflight:
+        preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
+    elif ranks.is_first:
         store.probe()
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
-    model = families.load(spec.model, cache=work / "models", device=device)
+    cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
+    model = families.load(spec.model, cache=cache, device=device)
     run = build_run(spec, model, prompts, ranks, device, stop_requested)
     Session(
         spec=spec,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from tempflow_api import termination
-from tempflow_api.naming import LABEL_ATTEMPT, TRAINER_CONTAINER, run_folder
+from tempflow_api.naming import LABEL_ATTEMPT, OPERATOR, TRAINER_CONTAINER, run_folder
 from tempflow_api.rules import broken_rules
 from tempflow_api.status import JobStatus
 from tempflow_api.termination import LastWords
@@ -45,12 +45,19 @@ class TrainingJob:
     generation: int
     resource_version: str = ""
     deleting: bool = False
+    managed_by: str | None = None
+    """Who looks after it; even a spec that is not valid says so."""
     spec: JobSpec | None
     """None when the stored spec is not valid; ``problems`` says why."""
     problems: tuple[str, ...] = ()
     status: JobStatus
     stored_status: Raw = field(default_factory=dict)
     """As it is stored, to tell whether a write would change anything."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether this operator looks after it."""
+        return self.managed_by in (None, OPERATOR)
 
     @property
     def run_id(self) -> str:
@@ -189,6 +196,7 @@ def training_job(raw: Raw) -> TrainingJob:
         generation=metadata.get("generation", 0),
         resource_version=metadata.get("resourceVersion", ""),
         deleting="deletionTimestamp" in metadata,
+        managed_by=raw.get("spec", {}).get("managedBy"),
         spec=spec,
         problems=problems,
         status=_status(stored),

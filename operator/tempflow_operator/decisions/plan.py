@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tempflow_operator.decisions.ledger import Ledger, deadline_at, opened
+from tempflow_operator.decisions import stall
+from tempflow_operator.decisions.ledger import Ledger, deadline_at, opened, starts_by
 from tempflow_operator.decisions.observed import RECEIPT, Gang, Part, Snapshot, TrainingJob
+from tempflow_operator.decisions.reading import Reading
 from tempflow_operator.settings import Timing
 
 
@@ -131,12 +133,19 @@ def _expires_at(job: TrainingJob, ledger: Ledger) -> float | None:
 
 
 def look_again_at(
-    job: TrainingJob, seen: Snapshot, ledger: Ledger, now: float, timing: Timing
+    job: TrainingJob,
+    seen: Snapshot,
+    ledger: Ledger,
+    now: float,
+    timing: Timing,
+    reading: Reading | None = None,
 ) -> float | None:
     """When the next pass is due if nothing happens; None when only an event can change anything."""
     if job.deleting:
         return None
-    moments = [deadline_at(ledger, job), _expires_at(job, ledger)]
+    moments = [deadline_at(ledger, job), starts_by(ledger, job), _expires_at(job, ledger)]
+    if ledger.open:
+        moments.append(stall.stalls_at(job, ledger.attempt, reading, now))
     if not ledger.open and seen.anything_live:
         moments.append(now + timing.recheck_stopping)
     elif ledger.end is None and not ledger.open and not job.suspend:

@@ -5,24 +5,12 @@ from dataclasses import dataclass
 from tempflow_api.conditions import ConditionType, Reason, phase_of, set_condition
 from tempflow_api.status import Condition, JobStatus, LastCheckpoint, Progress, Replicas
 from tempflow_api.termination import LastWords
-from tempflow_operator.decisions import failure, instants
+from tempflow_operator.decisions import failure, hindrance, instants, stall
 from tempflow_operator.decisions.ledger import Ledger
 from tempflow_operator.decisions.observed import Pod, Snapshot, TrainingJob
+from tempflow_operator.decisions.reading import Reading
 
-_PULL_REASONS = frozenset(
-    {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
-)
-_START_REASONS = frozenset(
-    {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The newest progress of rank 0, or why there is none to be had."""
-
-    progress: Progress | None = None
-    problem: str = ""
+__all__ = ["Obstacle", "Reading", "next_status", "stored_form"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +72,7 @@ def next_status(
         completion_time=_timestamp(ledger.end.time) if ledger.end is not None else None,
         progress=progress,
         progress_text=f"{progress.epoch}/{progress.epochs}" if progress is not None else "",
+        progress_moved_at=_timestamp(stall.moved_at(job, reading, now)),
         checkpoint=checkpoint,
         attempts=list(ledger.attempts),
     )
@@ -170,9 +159,22 @@ def _running(job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading 
         return _Fact(False, reason)
     if ledger.attempt == 0:
         return _Fact(False, Reason.PENDING)
-    if seen.anything_live:
-        return _Fact(False, Reason.STOPPING, _after(ledger, "its pods are stopping"))
-    return _Fact(False, Reason.RESTARTING, _after(ledger, _due(ledger)))
+    stopping = seen.anything_live
+    reason = _own_reason(ledger) or (Reason.STOPPING if stopping else Reason.RESTARTING)
+    return _Fact(False, reason, _after(ledger, STOPPING if stopping else _due(ledger)))
+
+
+STOPPING = "its pods are stopping"
+
+
+def _own_reason(ledger: Ledger) -> Reason | None:
+    """Of an ending that people can do something about before the next attempt ends likewise."""
+    current = ledger.current
+    if current is None or current.failure is None:
+        return None
+    if current.outcome == "Unfit":
+        return Reason.PREFLIGHT_FAILED
+    return Reason.STALLED if current.failure.reason == Reason.STALLED else None
 
 
 def _due(ledger: Ledger) -> str:
@@ -196,32 +198,15 @@ def _attempt_runs(seen: Snapshot, ledger: Ledger, reading: Reading | None) -> _F
         return _Fact(False, Reason.PODS_STARTING, "the pods are being created")
     if gang.queued:
         return _Fact(False, Reason.QUEUED, "the queue has not admitted this attempt")
-    running = sum(pod.phase == "Running" for pod in pods)
-    ended = sum(pod.phase == "Succeeded" for pod in pods)
-    if running + ended >= gang.nodes:
+    running, complete = hindrance.how_many_run(gang, pods)
+    if complete:
         problem = reading.problem if reading is not None else ""
         note = f"; progress cannot be read: {problem}" if problem else ""
         return _Fact(True, Reason.PODS_RUNNING, f"{gang.nodes} of {gang.nodes} pods run{note}")
-    return _hindrance(pods) or _Fact(
-        False, Reason.PODS_STARTING, f"{running} of {gang.nodes} pods run"
-    )
-
-
-def _hindrance(pods: tuple[Pod, ...]) -> _Fact | None:
-    """What keeps a pod from running, of the first pod by name that has something to tell."""
-    for pod in sorted(pods, key=lambda pod: pod.name):
-        waiting = pod.waiting
-        if waiting is not None and waiting.reason in _PULL_REASONS:
-            return _Fact(False, Reason.IMAGE_PULL_FAILED, _told(pod.name, waiting.message))
-        if waiting is not None and waiting.reason in _START_REASONS:
-            return _Fact(False, Reason.CONTAINER_NOT_STARTED, _told(pod.name, waiting.message))
-        if pod.unschedulable:
-            return _Fact(False, Reason.UNSCHEDULABLE, _told(pod.name, pod.unschedulable))
-    return None
-
-
-def _told(pod: str, message: str) -> str:
-    return f"pod {pod}: {' '.join(message.split())}"
+    told = hindrance.of_pods(pods)
+    if told is not None:
+        return _Fact(False, told.reason, told.message)
+    return _Fact(False, Reason.PODS_STARTING, f"{running} of {gang.nodes} pods run")
 
 
 def _progress(

@@ -1,7 +1,7 @@
 """The Indexed Job of one attempt: one pod a node, each with a rank, all of which fail together."""
 
 from tempflow_api import naming
-from tempflow_api.errors import ASKED_TO_STOP, PERMANENT
+from tempflow_api.errors import ASKED_TO_STOP, PERMANENT, ExitCode
 from tempflow_api.pods import ModelCache
 from tempflow_api.v1alpha1 import Compute
 from tempflow_operator.desired.attempt import AttemptOf, Manifest
@@ -63,7 +63,7 @@ def _failure_rules(*, queued: bool) -> list[Manifest]:
     A queue that takes the pods back asks them to stop, too, and that must not fail the Job.
     """
     return [
-        _exit_codes(sorted(int(code) for code in PERMANENT)),
+        _exit_codes(sorted(int(code) for code in {*PERMANENT, ExitCode.PREFLIGHT})),
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         *([] if queued else [_exit_codes(sorted(ASKED_TO_STOP))]),
     ]

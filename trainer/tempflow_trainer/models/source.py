@@ -1,6 +1,5 @@
 """Where a model's files are: a folder, an object store, or the Hugging Face hub."""
 
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from botocore.exceptions import BotoCoreError
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
+from tempflow_trainer.models.download import fetch
 
 BUILTIN = "builtin:"
 
@@ -57,20 +57,8 @@ def open_pipeline(kind: Any, source: str, *, revision: str | None, dtype: torch.
 
 
 def _fetch(source: str, cache: Path) -> Path:
-    target = cache / source.removeprefix("s3://").strip("/").replace("/", "--")
-    if target.is_dir():
-        return target
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         filesystem, prefix = fsspec.url_to_fs(source, use_listings_cache=False)
-        found = filesystem.find(prefix)
-        for key in found:
-            file = partial / key.removeprefix(prefix).lstrip("/")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(key, str(file))
+        return fetch(filesystem, source, prefix, cache)
     except (OSError, BotoCoreError) as error:
         raise ModelUnavailable(f"spec.model.source: {source} cannot be read: {error}") from error
-    if not found:
-        raise ModelUnavailable(f"spec.model.source: there is nothing at {source}")
-    partial.rename(target)
-    return target

@@ -49,7 +49,7 @@ class Story:
         obstacle: Obstacle | None = None,
     ) -> list[Action]:
         job, snapshot, now = self.job.typed(), seen(*things, parts=parts), T0 + seconds
-        decision = decide(job, snapshot, now, self.settings)
+        decision = decide(job, snapshot, now, self.settings, reading)
         accounts = decision.intended if obstacle is None else decision.accounts
         self.status = next_status(
             job,
@@ -62,7 +62,7 @@ class Story:
             now=now,
         )
         self.job.with_status(stored_form(self.status))
-        due = plan.look_again_at(job, snapshot, accounts, now, self.settings.timing)
+        due = plan.look_again_at(job, snapshot, accounts, now, self.settings.timing, reading)
         self.again_in = None if due is None else due - now
         return decision.actions
 
@@ -577,3 +577,132 @@ class TestTheLastCheckpoint:
         assert story.status.checkpoint.uri == "s3://bucket/2"
         story.look(make_gang().started().complete(), seconds=10)
         assert story.status.checkpoint.uri == "s3://bucket/2"
+
+
+class TestThePreRunningDeadline:
+    def story(self) -> Story:
+        return started(make_job().spec("runPolicy.preRunningDeadlineSeconds", 100))
+
+    def test_ends_what_does_not_begin_and_says_why(self) -> None:
+        story = self.story()
+        gang = make_gang().started(10)
+        pod = make_pod().waiting("ImagePullBackOff", "no such image")
+        story.look(gang, pod, parts=(1,), seconds=20)
+        assert story.again_in == 90
+        story.look(gang, pod, parts=(1,), seconds=110)
+        assert story.reason(ConditionType.FAILED) == Reason.PRE_RUNNING_DEADLINE_EXCEEDED
+        assert "pod demo-a1-0-x: no such image" in story.message(ConditionType.FAILED)
+
+    def test_is_over_once_all_pods_have_run(self) -> None:
+        story = self.story()
+        gang = make_gang().started(10)
+        story.look(gang, make_pod().running(), parts=(1,), seconds=50)
+        assert story.status.attempts[0].running_time == at(50)
+        assert story.again_in is None
+        story.look(gang, make_pod(), parts=(1,), seconds=500)
+        assert story.status.attempts[0].outcome == "Active"
+
+    def test_does_not_count_time_in_a_queue(self) -> None:
+        story = self.story()
+        story.look(make_gang().started(), make_pod(), parts=(1,), seconds=50)
+        story.look(make_gang().queued(), parts=(1,), seconds=500)
+        assert story.again_in is None
+        story.look(make_gang().started(900), make_pod(), parts=(1,), seconds=910)
+        assert (story.status.attempt, story.again_in) == (1, 90)
+
+    def test_counts_anew_after_a_queue_took_running_pods_back(self) -> None:
+        story = self.story()
+        story.look(make_gang().started(), make_pod().running(), parts=(1,), seconds=50)
+        story.look(make_gang().queued(), parts=(1,), seconds=500)
+        story.look(make_gang().started(900), make_pod(), parts=(1,), seconds=910)
+        assert story.again_in == 90
+
+
+class TestStalls:
+    def story(self) -> Story:
+        story = started(make_job().spec("runPolicy.stallTimeoutSeconds", 60))
+        self.look(story, 0, Reading(progress(epoch=1)))
+        return story
+
+    def look(self, story: Story, seconds: float, reading: Reading | None) -> list[Action]:
+        gang, pod = make_gang().started(), make_pod().running()
+        return story.look(gang, pod, parts=(1,), seconds=seconds, reading=reading)
+
+    def test_an_attempt_that_stands_still_is_ended_as_a_failure(self) -> None:
+        story = self.story()
+        assert story.status.progress_moved_at == at(0)
+        self.look(story, 59, Reading(progress(epoch=1)))
+        assert (story.phase, story.again_in) == ("Running", 1)
+        actions = self.look(story, 60, Reading(progress(epoch=1)))
+        assert Delete("Job", "demo-a1", "gang-1") in actions
+        assert (story.phase, story.running) == ("Restarting", Reason.STALLED)
+        assert "no progress since epoch 1 of 2, rollout" in story.message(ConditionType.RUNNING)
+        assert story.status.restarts.failures == 1
+        assert "demo-a2" in {action.name for action in story.look(seconds=200)}
+
+    def test_what_moves_in_the_last_moment_does_not_stall(self) -> None:
+        story = self.story()
+        self.look(story, 500, Reading(progress(epoch=2)))
+        assert (story.phase, story.again_in) == ("Running", 60)
+
+    @pytest.mark.parametrize(
+        "reading",
+        [
+            None,
+            Reading(None, "no connection"),
+            Reading(progress(epoch=1), "no answer in time"),
+            Reading(progress(epoch=1, attempt=7)),
+            Reading(progress(epoch=1).model_copy(update={"phase": "checkpoint"})),
+        ],
+    )
+    def test_what_cannot_be_read_or_saves_does_not_stall(self, reading: Reading | None) -> None:
+        story = self.story()
+        self.look(story, 1, reading)
+        self.look(story, 10_000, reading)
+        assert story.phase == "Running"
+
+
+class TestPreflight:
+    def test_an_unfit_node_uses_no_restart(self) -> None:
+        story = started(make_job().max_restarts(0))
+        lost = make_pod(rank=1).failed(90, "lost a peer", seconds=80)
+        story.look(failed_gang(), make_pod().failed(91, "no GPU"), lost, seconds=100)
+        assert (story.phase, story.running) == ("Restarting", Reason.PREFLIGHT_FAILED)
+        assert "no GPU" in story.message(ConditionType.RUNNING)
+        assert story.status.attempts[0].outcome == "Unfit"
+        restarts = story.status.restarts
+        assert (restarts.failures, restarts.disruptions, restarts.preflights) == (0, 0, 1)
+        assert kinds(story.look(failed_gang(), seconds=200)) == START
+
+    def test_pods_that_are_gone_have_told_the_job(self) -> None:
+        story = started()
+        message = "Container trainer for pod team/demo-a1-0 failed with exit code 91 matching ..."
+        gang = make_gang().started().failed(reason="PodFailurePolicy", message=message)
+        story.look(gang, seconds=100)
+        assert story.running == Reason.PREFLIGHT_FAILED
+
+
+class TestAnUpgrade:
+    def test_what_an_older_operator_started_is_left_alone(self) -> None:
+        """Its status knows fewer fields, and its pods look otherwise than this one's would."""
+        story = started()
+        gang, pod = make_gang().started(), make_pod().running()
+        story.look(gang, pod, parts=(1,), seconds=5)
+        old = stored_form(story.status)
+        old.pop("progressMovedAt", None)
+        for attempt in old["attempts"]:  # type: ignore[attr-defined]  # a list
+            attempt.pop("runningTime")
+        story.job.with_status(old)
+        pods = configuration.Pods(image="newer:2", gang_scheduler="volcano")
+        story.settings = replace(SETTINGS, pods=pods)
+        actions = story.look(gang, pod, parts=(1,), seconds=50)
+        assert all(action.kind != "Job" for action in actions)
+        assert (story.phase, story.status.attempt) == ("Running", 1)
+
+
+def test_a_job_of_somebody_else() -> None:
+    job = make_job()
+    assert job.typed().ours
+    assert job.spec("managedBy", "tempflow.dev/operator").typed().ours
+    assert not job.spec("managedBy", "kueue.x-k8s.io/multikueue").typed().ours
+    assert not job.spec("algorithm.epochs", 0).typed().ours

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempflow_api import naming
-from tempflow_api.errors import ASKED_TO_STOP, PERMANENT
+from tempflow_api.errors import ASKED_TO_STOP, PERMANENT, ExitCode
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 from tempflow_operator import desired
 from tempflow_operator.desired.overrides import merged
@@ -201,7 +201,7 @@ class TestGang:
         rules = objects()["Job"]["spec"]["podFailurePolicy"]["rules"]
         assert {rule["action"] for rule in rules} == {"FailJob"}
         codes = [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule]
-        assert codes == [sorted(PERMANENT), sorted(ASKED_TO_STOP)]
+        assert codes == [sorted([*PERMANENT, ExitCode.PREFLIGHT]), sorted(ASKED_TO_STOP)]
         assert 0 not in codes[0] + codes[1]  # the API server refuses it
         assert rules[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
 
