@@ -15,10 +15,8 @@ from tempflow_api.rules import RULES, Mutability, mutability_of
 from tempflow_operator import desired
 from tempflow_operator.settings import Pods
 from tests.builders import make_job
-from tests.cluster import bare, build
 from tests.cluster.bare import Bare
 from tests.cluster.kubectl import JsonObject
-from tests.cluster.waiting import Say, wait_for
 from tests.unit.api.rule_breakers import BREAKERS, VALID, Breaker, rule_of
 from tests.unit.operator.desired.test_objects import ASKING
 
@@ -57,22 +55,8 @@ JOBS = f"/apis/{naming.API_VERSION}/namespaces/default/{naming.PLURAL}"
 
 
 @pytest.fixture(scope="module")
-def server(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
-    folder = tmp_path_factory.mktemp("bare")
-    tools = build.kubectl_and_helm(say)
-    with bare.running(build.binaries(say), tools / "kubectl", folder) as running:
-        running.kubectl.run("apply", "-f", "-", stdin=crd.document())
-        wait_for(
-            "the resource definition",
-            lambda: Api(running).send("GET", JOBS, {})[0] == 200,
-            deadline_seconds=60,
-        )
-        yield running
-
-
-@pytest.fixture(scope="module")
-def api(server: Bare) -> Api:
-    return Api(server)
+def api(bare_server: Bare) -> Api:
+    return Api(bare_server)
 
 
 def leaves(node: Raw, path: str = "") -> Iterator[tuple[str, Raw]]:
