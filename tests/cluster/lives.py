@@ -7,6 +7,7 @@ from typing import Any
 from kubernetes.aio.client import ApiClient, Configuration
 
 from tempflow_api import naming
+from tempflow_api.status import JobStatus
 from tempflow_operator import settings as configuration
 from tempflow_operator.cluster import PODS, TRAINING_JOBS, ApiError, Cluster
 from tempflow_operator.lastwords import Heard
@@ -30,14 +31,14 @@ def connect(server: Bare) -> ApiClient:
     return ApiClient(settings)
 
 
-def operator(cluster: Cluster) -> Reconciler:
+def operator(cluster: Cluster, settings: configuration.Settings = SETTINGS) -> Reconciler:
     """One that has just been started."""
     metrics = Metrics()
     return Reconciler(
         cluster,
-        SETTINGS,
+        settings,
         progress=ProgressReader(
-            SETTINGS.progress, clock=time.monotonic, on_change=lambda _: None, metrics=metrics
+            settings.progress, clock=time.monotonic, on_change=lambda _: None, metrics=metrics
         ),
         heard=Heard(),
         watches=WatchProof(time.monotonic, by_namespace=False),
@@ -51,6 +52,23 @@ async def submit(admin: Cluster, job: JobBuilder) -> None:
     body = {key: raw[key] for key in ("apiVersion", "kind", "spec")}
     body["metadata"] = {"name": raw["metadata"]["name"]}
     await admin._send("create", TRAINING_JOBS, NAMESPACE, body=body)
+
+
+async def status_of(admin: Cluster, name: str) -> JobStatus:
+    raw = await admin._send("get", TRAINING_JOBS, NAMESPACE, name=name)
+    return JobStatus.model_validate(raw.get("status", {}))
+
+
+async def pods_of(admin: Cluster, name: str) -> list[Raw]:
+    return await admin._list(PODS, NAMESPACE, f"{naming.LABEL_JOB_NAME}={name}")
+
+
+async def bind(admin: Cluster, pod: Raw) -> None:
+    """To a node, as the scheduler does: from then on only a kubelet can say that it has ended."""
+    name = pod["metadata"]["name"]
+    target = {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
+    body = {"metadata": {"name": name}, "target": target}
+    await admin._send("create", PODS, NAMESPACE, name=name, subresource="binding", body=body)
 
 
 def phase_of(pod: Raw) -> str:

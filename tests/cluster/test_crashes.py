@@ -151,7 +151,7 @@ async def every_history(server: Bare, *, suspends: bool) -> list[tuple[int | Non
             lived.final = await lived.status()
         return histories
     finally:
-        await api.close()
+        await admin.close()
 
 
 async def _gated(gate: asyncio.Semaphore, run: Awaitable[int]) -> int:

@@ -14,12 +14,23 @@ from tempflow_api import naming
 from tempflow_api.conditions import ConditionType, Reason, find
 from tempflow_api.errors import ExitCode
 from tempflow_api.status import JobStatus
-from tempflow_operator.cluster import JOBS, PODS, TRAINING_JOBS, Cluster, Resource
+from tempflow_operator.cluster import JOBS, PODS, Cluster
 from tempflow_operator.decisions.observed import Key
 from tempflow_operator.metrics import Metrics
 from tests.builders import Raw, make_job
 from tests.cluster.bare import Bare
-from tests.cluster.lives import NAMESPACE, connect, operator, patch, phase_of, set_pod, submit
+from tests.cluster.lives import (
+    NAMESPACE,
+    bind,
+    connect,
+    operator,
+    patch,
+    phase_of,
+    pods_of,
+    set_pod,
+    status_of,
+    submit,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -27,7 +38,6 @@ NODES = 2
 # Shorter than the time in the queue, longer than pods take to start.
 DEADLINE_SECONDS = 4
 IN_QUEUE_SECONDS = 6.0
-BINDINGS = Resource("api/v1", "pods")
 
 
 class Place:
@@ -39,15 +49,14 @@ class Place:
         self.gang = naming.attempt_name(name, 1)
 
     async def status(self) -> JobStatus:
-        raw = await self.admin._send("get", TRAINING_JOBS, NAMESPACE, name=self.name)
-        return JobStatus.model_validate(raw.get("status", {}))
+        return await status_of(self.admin, self.name)
 
     async def running(self) -> str:
         condition = find((await self.status()).conditions, ConditionType.RUNNING)
         return condition.reason if condition is not None else ""
 
     async def pods(self) -> list[Raw]:
-        return await self.admin._list(PODS, NAMESPACE, f"{naming.LABEL_JOB_NAME}={self.name}")
+        return await pods_of(self.admin, self.name)
 
     async def admit(self, admitted: bool) -> None:
         await patch(self.admin, JOBS, self.gang, {"spec": {"suspend": not admitted}})
@@ -74,16 +83,7 @@ class Place:
         for pod in await self.pods():
             if phase_of(pod) != "Pending":
                 continue
-            target = {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
-            body = {"metadata": {"name": pod["metadata"]["name"]}, "target": target}
-            await self.admin._send(
-                "create",
-                BINDINGS,
-                NAMESPACE,
-                name=pod["metadata"]["name"],
-                subresource="binding",
-                body=body,
-            )
+            await bind(self.admin, pod)
             await set_pod(self.admin, pod, "Running", {"running": {}})
         await self.reason_is(Reason.PODS_RUNNING)
 
@@ -111,9 +111,8 @@ class Place:
 
 
 async def story(server: Bare) -> JobStatus:
-    api = connect(server)
+    place = Place(Cluster(connect(server), Metrics()), "queued")
     try:
-        place = Place(Cluster(api, Metrics()), "queued")
         job = make_job(place.name).nodes(NODES).spec("runPolicy.queue", "research")
         job.spec("runPolicy.preRunningDeadlineSeconds", DEADLINE_SECONDS).max_restarts(0)
         await submit(place.admin, job)
@@ -132,7 +131,7 @@ async def story(server: Bare) -> JobStatus:
         await place.reason_is(Reason.COMPLETED)
         return await place.status()
     finally:
-        await api.close()
+        await place.admin.close()
 
 
 def test_a_queue_takes_an_attempt_back_twice_and_nothing_is_spent(bare_server: Bare) -> None:

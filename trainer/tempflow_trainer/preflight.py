@@ -5,10 +5,12 @@ ends the attempt within a minute, with a reason of its own, instead of after the
 weights. Nothing has been learned then, so it uses none of the job's restarts.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -39,9 +41,10 @@ def check(
         PreflightFailed: what is unfit, and what to look at.
     """
     try:
+        if compute.device == "cuda":
+            check_driver(torch.version.cuda, driver_version())
         device = device_of()
         if device.type == "cuda":
-            check_driver(torch.version.cuda, driver_version())
             check_arithmetic(device)
         if compute.processes_per_node > 1:
             check_shared_memory(shared_memory)
@@ -57,7 +60,12 @@ def check(
 
 def driver_version() -> int:
     """Of CUDA, as the driver supports it: 12040 is 12.4; 0 without a driver."""
-    return int(torch._C._cuda_getDriverVersion())  # the library has no public name for it
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 def check_driver(built_for: str | None, driver: int) -> None:
@@ -117,7 +125,7 @@ def check_all_reduce(ranks: Ranks, device: torch.device) -> None:
 
 
 def _sum_in_own_group(values: Tensor) -> None:
-    group = dist.new_group(timeout=ALL_REDUCE_TIMEOUT)
+    group = cast(dist.ProcessGroup, dist.new_group(timeout=ALL_REDUCE_TIMEOUT))
     dist.all_reduce(values, group=group)
     if values.is_cuda:
         torch.cuda.synchronize(values.device)

@@ -150,9 +150,16 @@ def _settle(
         )
     if job.suspend:
         return _closed(ledger, "Suspended", now, None)
-    if gang.deleting:
+    if gang.deleting or (not gang.queued and _is_lost(pods, now, timing)):
         return _failed(ledger, job, seen, gang, now, timing)
     return _overdue(ledger, job, pods, now, timing, reading)
+
+
+def _is_lost(pods: tuple[Pod, ...], now: float, timing: Timing) -> bool:
+    """Whether a pod stands on a node that is gone. The Job controller waits for its end for ever,
+    and where it was the only one, or its peers do not notice, so would the job."""
+    overdue = (pod.lost_at(timing.lost_node) for pod in pods)
+    return any(moment is not None and moment <= now for moment in overdue)
 
 
 def _overdue(

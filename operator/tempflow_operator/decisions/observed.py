@@ -139,6 +139,10 @@ class Pod:
     def deleting(self) -> bool:
         return self.stop_by is not None
 
+    def lost_at(self, patience: float) -> float | None:
+        """When it is taken for dead with its node; None while nobody has asked it to stop."""
+        return self.stop_by + patience if self.live and self.stop_by is not None else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:

@@ -61,8 +61,8 @@ def released(ledger: Ledger, seen: Snapshot, now: float, timing: Timing) -> bool
         return False
     if seen.may_start_pods:
         return False
-    overdue = now - timing.lost_node
-    return all(pod.stop_by is not None and pod.stop_by <= overdue for pod in seen.pods if pod.live)
+    moments = [pod.lost_at(timing.lost_node) for pod in seen.pods if pod.live]
+    return all(moment is not None and moment <= now for moment in moments)
 
 
 def actions(
@@ -146,6 +146,7 @@ def look_again_at(
     moments = [deadline_at(ledger, job), starts_by(ledger, job), _expires_at(job, ledger)]
     if ledger.open:
         moments.append(stall.stalls_at(job, ledger.attempt, reading, now))
+        moments += [pod.lost_at(timing.lost_node) for pod in seen.pods_of(ledger.attempt)]
     if not ledger.open and seen.anything_live:
         moments.append(now + timing.recheck_stopping)
     elif ledger.end is None and not ledger.open and not job.suspend:

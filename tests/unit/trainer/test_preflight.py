@@ -28,10 +28,17 @@ def no_device() -> torch.device:
     raise DeviceMissing("cuda asked for, 0 GPUs found and 1 needed")
 
 
+@pytest.fixture
+def fitting_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(preflight, "driver_version", lambda: 12080)
+
+
 def test_fit_pods_pass() -> None:
     preflight.check(Compute(device="cpu"), ALONE, lambda: CPU, nothing)
 
 
+@pytest.mark.usefixtures("fitting_driver")
 def test_every_failure_has_the_code_that_spends_no_restart() -> None:
     with pytest.raises(PreflightFailed, match="preflight: s3://runs: no such bucket") as caught:
         preflight.check(Compute(device="cpu"), ALONE, lambda: CPU, refuse)

@@ -120,6 +120,13 @@ class World:
             elif pod["status"]["phase"] == "Pending":
                 make_pod().with_raw(pod).running()
 
+    def kill_overdue(self) -> None:
+        """No kubelet lets a pod live on after its grace period."""
+        for name, pod in list(self.pods.items()):
+            stop_by = pod["metadata"].get("deletionTimestamp", at(self.now + 1))
+            if name not in self.lost and stop_by <= at(self.now):
+                del self.pods[name]
+
     def live_attempts(self) -> set[int]:
         """Attempts that may still run: on lost nodes nobody knows, the store's fence holds."""
         pods = [pod for name, pod in self.pods.items() if name not in self.lost]
@@ -206,9 +213,8 @@ class Histories(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 10, 60, 400]))
     def time_passes(self, seconds: int) -> None:
-        if seconds > GRACE:  # kubelets have killed what should have stopped
-            self.world.kubelets()
         self.world.now += seconds
+        self.world.kill_overdue()
 
     def a_pod(self, draw: Any, phase: str) -> Raw | None:
         pods = [
