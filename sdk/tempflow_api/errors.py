@@ -10,6 +10,7 @@ TempFlowError
  ├─ CheckpointCorrupt    no complete checkpoint passed validation
  ├─ AddressInUse         a port that the run needs is taken
  ├─ TrainingDiverged     loss or gradients are not finite
+ ├─ PreflightFailed      a check before training found the pod unfit
  ├─ SelfTestFailed       the model does not do what the loss takes for granted
  ├─ TrainingCollapsed    the guard was told to stop, or has rolled back often enough
  └─ Preempted            asked to stop; the state is committed
@@ -38,8 +39,9 @@ class ExitCode(IntEnum):
     STORE = 88
     CHECKPOINT_CORRUPT = 89
     RANK_DIED = 90
-    SELF_TEST = 91
-    COLLAPSED = 92
+    PREFLIGHT = 91
+    SELF_TEST = 92
+    COLLAPSED = 93
     INTERRUPTED = 130
 
 
@@ -128,6 +130,10 @@ class CheckpointCorrupt(TempFlowError):
 
 class AddressInUse(TempFlowError):
     exit_code = ExitCode.ADDRESS_IN_USE
+
+
+class PreflightFailed(TempFlowError):
+    exit_code = ExitCode.PREFLIGHT
 
 
 class TrainingDiverged(TempFlowError):

@@ -50,6 +50,8 @@ class Session:
     record: Record
     announce: Callable[[Progress], None]
     """Told of every change of progress, on rank 0."""
+    run_id: str = ""
+    """Which run's progress it is, for whoever asks at this address."""
     tracking: Tracking = field(default_factory=Tracking)
     epochs_done: int = 0
     committed: int | None = None
@@ -101,7 +103,6 @@ class Session:
         except Preempted:
             if self.committed != self.epochs_done:
                 self._save()
-            self._publish()
             raise Preempted(
                 f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; the "
                 f"state is committed at {self.committed_uri}"
@@ -118,19 +119,22 @@ class Session:
             return
         report = selftest.examine(self.run, self.evaluator.reward, self.spec)
         problem = selftest.problem(report)
-        if self.run.ranks.is_first:
-            self.record.write(layout.SELF_TEST, report.model_dump_json(by_alias=True, indent=1))
-            self._store_record()
-            log.info(
-                "self-test %s: log-probabilities differ by %.2g between rollout and update, by "
-                "%.2g for one row alone (at most %.2g)",
-                "failed" if problem else "passed",
-                report.rollout_difference,
-                report.one_row_difference,
-                report.bound,
-            )
+        self._on_first(lambda: self._keep(report, problem))
         if problem:
             raise SelfTestFailed(f"self-test: {problem}")
+
+    def _keep(self, report: SelfTest, problem: str | None) -> str:
+        self.record.write(layout.SELF_TEST, report.model_dump_json(by_alias=True, indent=1))
+        self._store_record()
+        log.info(
+            "self-test %s: log-probabilities differ by %.2g between rollout and update, by "
+            "%.2g for one row alone (at most %.2g)",
+            "failed" if problem else "passed",
+            report.rollout_difference,
+            report.one_row_difference,
+            report.bound,
+        )
+        return ""
 
     def _self_tested(self) -> str:
         known = self.record.read(layout.SELF_TEST, SelfTest)
@@ -301,6 +305,8 @@ class Session:
             state = self._state()
             self.committed_uri = self._on_first(lambda: self._commit(state))
         self.committed = self.epochs_done
+        # At once: whoever ends this process now still learns which checkpoint is the newest.
+        self._publish()
 
     def _commit(self, state: State) -> str:
         folder = self.checkpoints.save(state, lambda folder: self._export(folder, state.average))
@@ -448,6 +454,7 @@ class Session:
                 "epochs": epochs,
                 "phase": phase,
                 "attempt": self.checkpoints.attempt,
+                "runId": self.run_id,
                 "reward": last.reward if last else None,
                 "imagesPerSecond": last.images_per_second if last else None,
                 "alarms": [alarm[:1024] for alarm in self.alarms[:16]],
