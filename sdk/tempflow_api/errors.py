@@ -7,6 +7,8 @@ TempFlowError
  ├─ ModelUnavailable     weights cannot be loaded
  ├─ RewardFailed         a scorer is unknown or gave no usable score
  ├─ StoreUnavailable     the checkpoint store refuses or is missing
+ ├─ Uncommitted          no checkpoint could be stored for too long
+ ├─ Fenced               a newer start of the run has taken it over
  ├─ CheckpointCorrupt    no complete checkpoint passed validation
  ├─ AddressInUse         a port that the run needs is taken
  ├─ TrainingDiverged     loss or gradients are not finite
@@ -36,6 +38,7 @@ class ExitCode(IntEnum):
     STORE = 88
     CHECKPOINT_CORRUPT = 89
     RANK_DIED = 90
+    UNCOMMITTED = 91
     INTERRUPTED = 130
 
 
@@ -114,6 +117,14 @@ class RewardFailed(TempFlowError):
 
 class StoreUnavailable(TempFlowError):
     exit_code = ExitCode.STORE
+
+
+class Uncommitted(TempFlowError):
+    exit_code = ExitCode.UNCOMMITTED
+
+
+class Fenced(TempFlowError):
+    exit_code = ExitCode.FENCED
 
 
 class CheckpointCorrupt(TempFlowError):

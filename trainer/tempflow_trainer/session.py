@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import ConfigChanged, Preempted, TempFlowError, of_code
+from tempflow_api.errors import ConfigChanged, ModelUnavailable, Preempted, TempFlowError, of_code
 from tempflow_api.record import Evaluation as EvaluationLine
 from tempflow_api.record import Metrics, Spread
+from tempflow_api.record import Save as SaveLine
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
@@ -21,9 +23,15 @@ from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
 from tempflow_trainer.loop import Run, run_epoch
 from tempflow_trainer.metrics import Record, now
+from tempflow_trainer.origin import Origin
+from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.summary import summarise
 
 log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 60.0
+END_SECONDS = 25
+"""Of the time between the request to stop and the kill: for the launcher and for what ends."""
 
 
 @dataclass
@@ -37,6 +45,10 @@ class Session:
     record: Record
     announce: Callable[[Progress], None]
     """Told of every change of progress, on rank 0."""
+    origin: Origin | None = None
+    """What a run without a checkpoint of its own starts from."""
+    older_runs: Callable[[], list[str]] = list
+    """Where other runs of the same name lie."""
     epochs_done: int = 0
     committed: int | None = None
     committed_uri: str | None = None
@@ -46,6 +58,20 @@ class Session:
     earlier: dict[str, float] = field(default_factory=dict)
     """Totals of the processes before this one."""
     last: Metrics | None = None
+    last_evaluation: EvaluationLine | None = None
+    saver: Saver = field(init=False)
+    _sent: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Files of the record that the store has, by size and time of change."""
+
+    def __post_init__(self) -> None:
+        settings = self.spec.checkpoint
+        self.saver = Saver(
+            self.checkpoints,
+            wait_seconds=settings.max_wait_seconds,
+            most_failures=settings.max_failed_saves,
+            on_end=self._saved,
+            after=self._store_record,
+        )
 
     def train(self) -> None:
         """Run what is left to do.
@@ -56,21 +82,19 @@ class Session:
         self.run.clock.on_phase = self._on_phase
         self._resume()
         try:
-            if self.epochs_done == 0:
+            if self.epochs_done == 0 or self.committed is None:
                 self._evaluate()
             while self.epochs_done < self.spec.algorithm.epochs:
                 self._epoch()
         except Preempted:
-            if self.committed != self.epochs_done:
-                self._save()
+            told = self._on_first(self._last_words)
             self._publish()
-            raise Preempted(
-                f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; the "
-                f"state is committed at {self.committed_uri}"
-            ) from None
+            raise Preempted(told) from None
+        self._on_first(self._complete)
         self._finish()
 
     def _epoch(self) -> None:
+        self._on_first(self._look_after_saves)
         before = dict(self.run.clock.seconds)
         evaluations = self.evaluations
         metrics = run_epoch(self.run, self.epochs_done)
@@ -130,21 +154,73 @@ class Session:
             grid = f"{layout.GRIDS}/epoch-{self.epochs_done:06d}.png"
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
-        self.record.append(layout.EVALUATIONS, _evaluation_line(self.epochs_done, found, grid))
+        self.last_evaluation = _evaluation_line(self.epochs_done, found, grid)
+        self.record.append(layout.EVALUATIONS, self.last_evaluation)
         log.info(
             "evaluation after %d epochs: reward %.4f", self.epochs_done, float(found.total.mean())
         )
 
     def _save(self) -> None:
-        """Commit on rank 0; the others wait, so that none runs ahead of a failed save."""
+        """Begin to save on rank 0; all ranks learn of a failure that ends the run."""
         with self.run.clock("checkpoint"):
-            self.committed_uri = self._on_first(self._commit)
-        self.committed = self.epochs_done
+            self._on_first(self._offer)
 
-    def _commit(self) -> str:
-        folder = self.checkpoints.save(self._state(), self._export)
-        self._store_record()
-        return f"{self.checkpoints.store.uri}/{folder}"
+    def _offer(self) -> str:
+        line = self.last_evaluation
+        evaluation = _figures(line) if line and line.epoch == self.epochs_done else {}
+        self.saver.offer(self._copy, evaluation)
+        return ""
+
+    def _look_after_saves(self) -> str:
+        self.saver.settle(0)
+        return ""
+
+    def _saved(self, save: Save) -> None:
+        if save.folder is not None:
+            self.committed = save.step
+            self.committed_uri = f"{self.checkpoints.store.uri}/{save.folder}"
+        self.record.append(
+            layout.SAVES,
+            SaveLine(
+                epoch=save.step,
+                time=now(),
+                stall_seconds=save.stall_seconds,
+                stage_seconds=save.stage_seconds,
+                send_seconds=save.send_seconds,
+                bytes=save.bytes,
+                folder=save.folder,
+                error=str(save.error) if save.error else None,
+            ),
+        )
+
+    def _complete(self) -> str:
+        """The last checkpoint is what the run was for: without it the run has failed."""
+        with self.run.clock("checkpoint"):
+            while not self.saver.settle(WAIT_SECONDS):
+                log.info("waits for the last checkpoint")
+            while self.committed != self.epochs_done:  # ends: failures are counted
+                self._offer()
+                while not self.saver.settle(WAIT_SECONDS):
+                    log.info("waits for the last checkpoint")
+        return str(self.committed_uri)
+
+    def _last_words(self) -> str:
+        """Commit what there is within the time that is left, and say so."""
+        # The launcher's reserve, and some for the processes to end.
+        left = self.spec.run_policy.termination_grace_period_seconds - END_SECONDS
+        until = time.monotonic() + max(left, 1)
+        with self.run.clock("checkpoint"):
+            self.saver.settle(until - time.monotonic())
+            if self.committed != self.epochs_done:
+                self._offer()
+                self.saver.settle(max(until - time.monotonic(), 0))
+        stopped = f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; "
+        if self.committed == self.epochs_done:
+            return f"{stopped}the state is committed at {self.committed_uri}"
+        return (
+            f"{stopped}they could not be stored in time, so the run continues after "
+            f"{self.committed or 0}; allow more with spec.runPolicy.terminationGracePeriodSeconds"
+        )
 
     def _on_first(self, action: Callable[[], str]) -> str:
         """What ``action`` returns on rank 0, on every rank; its error is raised on every rank."""
@@ -159,21 +235,27 @@ class Session:
             raise of_code(int(answer["code"]), str(answer["message"]))
         return str(answer["value"])
 
-    def _export(self, folder: Path) -> None:
-        """The result people use is the average, as evaluated; with what is needed to load it."""
+    def _copy(self) -> tuple[State, Callable[[Path], None]]:
+        """The state, and the writer of the result people use: the average, as evaluated, with
+        what is needed to load it. Both are copies in memory."""
+        state = self._state()
+        write_weights = self.run.tuning.exporter(state.average)
         config = self.spec.model_dump_json(by_alias=True, indent=1)
-        (folder / layout.CONFIG).write_text(config, encoding="utf-8")
-        with self.run.tuning.values(self.run.ema.values):
-            self.run.tuning.export(folder)
+
+        def export(folder: Path) -> None:
+            (folder / layout.CONFIG).write_text(config, encoding="utf-8")
+            write_weights(folder)
+
+        return state, export
 
     def _state(self) -> State:
-        names = list(self.run.tuning.parameters())
+        parameters = self.run.tuning.parameters()
         return State(
             epochs_done=self.epochs_done,
             updates_done=self.run.updates_done,
-            trained={n: p.detach() for n, p in self.run.tuning.parameters().items()},
-            average=self.run.ema.values,
-            optimizer=checkpoint.optimizer_tensors(self.run.optimizer, names),
+            trained=checkpoint.host_copy(parameters),
+            average=checkpoint.host_copy(self.run.ema.values),
+            optimizer=checkpoint.optimizer_tensors(self.run.optimizer, list(parameters)),
             totals=self._totals(),
         )
 
@@ -192,10 +274,13 @@ class Session:
         if self._stored_in_place():
             return
         for file in sorted(root.rglob("*")):
-            if file.is_file() and not file.name.endswith(".partial"):
-                self.checkpoints.store.put(
-                    file, f"{layout.RECORD}/{file.relative_to(root).as_posix()}"
-                )
+            if not file.is_file() or file.name.endswith(".partial"):
+                continue
+            key = f"{layout.RECORD}/{file.relative_to(root).as_posix()}"
+            status = file.stat()
+            if self._sent.get(key) != (status.st_size, status.st_mtime_ns):
+                self.checkpoints.store.put(file, key)
+                self._sent[key] = (status.st_size, status.st_mtime_ns)
 
     def _stored_in_place(self) -> bool:
         return Path(self.checkpoints.store.uri) == self.record.folder.absolute()
@@ -205,27 +290,54 @@ class Session:
 
         Rank 0 chooses for all: two ranks need not see the same listing.
         """
-        folder = self._on_first(self._choose)
-        if folder:
-            self._restore(self.checkpoints.load(folder))
+        own, _, other = self._on_first(self._choose).partition(" ")
+        if own:
+            self._restore(self.checkpoints.load(own), f"{self.checkpoints.store.uri}/{own}")
             self.committed = self.epochs_done
-            self.committed_uri = f"{self.checkpoints.store.uri}/{folder}"
+            self.committed_uri = f"{self.checkpoints.store.uri}/{own}"
             log.info("continues after %d epochs, from %s", self.epochs_done, self.committed_uri)
+        elif other and self.origin is not None:
+            uri = f"{self.origin.uri}/{other}"
+            self._restore(self.origin.load(other), uri)
+            self.checkpoints.parent = uri
+            log.info(
+                "starts at epoch %d with the %s of %s",
+                self.epochs_done,
+                "state" if self.origin.mode == "resume" else "weights",
+                uri,
+            )
         if self.run.ranks.is_first:
             self._fetch_record()
-            # A run that has no epoch yet evaluates the base model again, too.
-            self.record.cut_back(self.epochs_done or -1)
+            # A run that has committed no epoch yet evaluates what it starts from again, too.
+            self.record.cut_back(self.committed or -1)
 
     def _choose(self) -> str:
+        """The own folder to continue from, or a space and another run's folder; or neither."""
         self._check_same_run()
-        return self.checkpoints.newest_sound() or ""
+        own = self.checkpoints.begin()
+        if own:
+            return own
+        if self.origin is not None:
+            return f" {self.origin.choose()}"
+        for uri in self.older_runs():
+            log.warning(
+                "STARTS FROM ZERO, although an older run of this name has checkpoints at %s; to "
+                "continue it, set spec.initFrom: {uri: %s, mode: resume}",
+                uri,
+                uri,
+            )
+        return ""
 
-    def _restore(self, state: State) -> None:
-        self.run.tuning.assign(state.trained)
+    def _restore(self, state: State, uri: str) -> None:
+        try:
+            self.run.tuning.assign(state.trained)
+        except ValueError as error:
+            raise ModelUnavailable(f"{uri} does not fit spec.model: {error}") from error
         for name, value in state.average.items():
             self.run.ema.values[name].copy_(value)
         names = list(self.run.tuning.parameters())
-        checkpoint.restore_optimizer(self.run.optimizer, names, state.optimizer)
+        if state.optimizer:
+            checkpoint.restore_optimizer(self.run.optimizer, names, state.optimizer)
         self.epochs_done, self.run.updates_done = state.epochs_done, state.updates_done
         self.earlier = dict(state.totals)
 
@@ -305,6 +417,11 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
         images=len(found.total),
         grid=grid,
     )
+
+
+def _figures(line: EvaluationLine) -> dict[str, float]:
+    """Means by name, as a checkpoint's manifest has them."""
+    return {"reward": line.reward, **{name: s.mean for name, s in line.rewards.items()}}
 
 
 def _moments(values: Tensor) -> dict[str, float]:

@@ -81,6 +81,8 @@ _IDLE = _position("more processes", "spec.compute.processesPerNode")
 _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
+_BEST_METRIC = _position("is reward", "spec.checkpoint.keepBest.metric")
+_SHARED_SOURCE = _position("starts with s3://", "spec.initFrom.uri")
 
 _SD3 = {"model.family": "sd3", "model.source": "owner/name"}
 
@@ -134,6 +136,16 @@ BREAKERS = (
         "nodes with a folder",
         _SHARED_STORE,
         {"compute.nodes": 2, "checkpoint": {"uri": "/mnt/runs"}},
+    ),
+    Breaker("a metric that nobody measures", _BEST_METRIC, {"checkpoint.keepBest.metric": "other"}),
+    Breaker(
+        "nodes that start from a folder",
+        _SHARED_SOURCE,
+        {
+            "compute.nodes": 2,
+            "checkpoint.uri": "s3://bucket/runs",
+            "initFrom": {"uri": "/mnt/runs/other"},
+        },
     ),
 )
 

@@ -248,11 +248,9 @@ def allowed(old: Raw, new: Raw) -> bool:
     for rule in crd.transition_rules(SPEC):
         text = rule["rule"].replace("&&", " and ").replace("||", " or ").replace("!has", "not has")
         for holder in ("self", "oldSelf"):
-            for path in sorted([*LEAVES, "model.lora"], key=len, reverse=True):
-                section, _, field = path.rpartition(".")
-                text = text.replace(
-                    f"has({holder}.{path})", f"has({holder}.{section}.get('{field}'))"
-                )
+            for path in sorted([*LEAVES, "model.lora", "initFrom"], key=len, reverse=True):
+                section, _, field = f"{holder}.{path}".rpartition(".")
+                text = text.replace(f"has({holder}.{path})", f"has({section}.get('{field}'))")
         if not eval(text, scope):
             return False
     return True

@@ -8,12 +8,13 @@ import copy
 import difflib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -41,8 +42,16 @@ class Tuning(ABC):
         """A context in which the policy is the model before training."""
 
     @abstractmethod
+    def exporter(self, values: dict[str, Tensor]) -> Callable[[Path], None]:
+        """What writes ``values``, CPU tensors by parameter name, in the form that diffusers loads.
+
+        It takes a folder, and touches neither the model nor its device: it may run beside the
+        training.
+        """
+
     def export(self, folder: Path) -> None:
         """Write the current weights below ``folder`` in the form that diffusers loads."""
+        self.exporter({n: p.detach().cpu() for n, p in self.parameters().items()})(folder)
 
     @contextmanager
     def values(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -115,20 +124,24 @@ class LoraTuning(Tuning):
             for layer in layers:
                 layer.enable_adapters(enabled=True)
 
-    def export(self, folder: Path) -> None:
+    def exporter(self, values: dict[str, Tensor]) -> Callable[[Path], None]:
+        update = get_peft_model_state_dict(self._transformer, state_dict=values)
         # Without its configuration as metadata a loader takes alpha to be the rank.
-        update = get_peft_model_state_dict(self._transformer)
         config = {k: _plain(v) for k, v in self._config.to_dict().items()}
         metadata = {f"transformer.{key}": value for key, value in config.items()}
-        target = folder / layout.ADAPTER
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {f"transformer.{k}": v.detach().cpu().contiguous() for k, v in update.items()},
-            target / LORA_FILE,
-            # One entry only: safetensors writes several in random order, and equal weights would
-            # give unequal files.
-            metadata={"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
-        )
+
+        def write(folder: Path) -> None:
+            target = folder / layout.ADAPTER
+            target.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {f"transformer.{k}": v.contiguous() for k, v in update.items()},
+                target / LORA_FILE,
+                # One entry only: safetensors writes several in random order, and equal weights
+                # would give unequal files.
+                metadata={"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
+            )
+
+        return write
 
 
 class FullTuning(Tuning):
@@ -153,8 +166,25 @@ class FullTuning(Tuning):
         model.transformer = self._reference
         yield replace(policy, model=model)  # shares the counters
 
-    def export(self, folder: Path) -> None:
-        self._transformer.save_pretrained(folder / layout.TRANSFORMER)
+    def exporter(self, values: dict[str, Tensor]) -> Callable[[Path], None]:
+        buffers = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self._transformer.state_dict().items()
+            if name not in values
+        }
+
+        def write(folder: Path) -> None:
+            target = folder / layout.TRANSFORMER
+            target.mkdir(parents=True, exist_ok=True)
+            self._transformer.save_config(target)
+            save_torch_state_dict(
+                {**values, **buffers},
+                target,
+                filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+                max_shard_size="10GB",  # as diffusers' save_pretrained
+            )
+
+        return write
 
 
 def load_result(model: FlowModel, folder: Path) -> None:
