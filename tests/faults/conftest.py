@@ -9,25 +9,20 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tests.faults.s3_proxy import Proxy, proxy
+from tests.faults.seaweedfs import seaweedfs
 
 BUCKET = "runs"
 
 
-@pytest.fixture(scope="session")
-def moto_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
+KEYS = {"accessKey": "test", "secretKey": "testtest"}
 
 
 @pytest.fixture(scope="session")
 def s3_environment() -> Iterator[None]:
     """For this process and for those that it forks."""
     given = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "testtest",
+        "AWS_ACCESS_KEY_ID": KEYS["accessKey"],
+        "AWS_SECRET_ACCESS_KEY": KEYS["secretKey"],
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
@@ -41,19 +36,35 @@ def s3_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def session_proxy(moto_endpoint: str, s3_environment: None) -> Iterator[Proxy]:
+def moto(s3_environment: None) -> Iterator[Proxy]:
+    """A server that checks little and starts at once."""
     del s3_environment
-    boto3.client("s3", endpoint_url=moto_endpoint).create_bucket(Bucket=BUCKET)
-    with proxy(moto_endpoint) as running:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
+    with proxy(endpoint) as running:
+        yield running
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def seaweed(s3_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """A server of another maker, which checks signatures and keeps its data on disk."""
+    del s3_environment
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    with seaweedfs(folder, KEYS, BUCKET) as endpoint, proxy(endpoint) as running:
         yield running
 
 
 @pytest.fixture
-def s3(session_proxy: Proxy) -> Iterator[Proxy]:
-    """The proxy, without faults."""
-    session_proxy.clear()
-    yield session_proxy
-    session_proxy.clear()
+def s3(request: pytest.FixtureRequest) -> Iterator[Proxy]:
+    """The proxy in front of one of them, without faults."""
+    running: Proxy = request.getfixturevalue(getattr(request, "param", "moto"))
+    running.clear()
+    yield running
+    running.clear()
 
 
 @pytest.fixture

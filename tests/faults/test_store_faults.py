@@ -15,7 +15,10 @@ from tempflow_trainer.store import S3Store
 from tests.faults import writer
 from tests.faults.s3_proxy import Fault, Proxy
 
-pytestmark = pytest.mark.faults
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.parametrize("s3", ["moto", "seaweed"], indirect=True),
+]
 
 MIB = 1 << 20
 
@@ -125,7 +128,7 @@ class TestRefusals:
     )
     def test_everything_at_the_start(self, s3: Proxy, uri: str, code: str, said: str) -> None:
         s3.add(Fault(status=403, code=code))
-        store = S3Store(uri, endpoint_url=s3.endpoint, region="us-east-1")
+        store = writer.store(s3.endpoint, uri)
         with pytest.raises(StoreUnavailable, match=said):
             store.probe()
         assert len(s3.log) == 1, "what is refused for good is not asked again and again"
@@ -138,13 +141,13 @@ class TestRefusals:
 
     def test_a_store_that_overwrites_is_refused(self, s3: Proxy, uri: str) -> None:
         s3.add(Fault(strip="If-None-Match"))
-        store = S3Store(uri, endpoint_url=s3.endpoint, region="us-east-1")
+        store = writer.store(s3.endpoint, uri)
         with pytest.raises(StoreUnavailable, match="it ignores If-None-Match"):
             store.probe()
 
     def test_a_store_without_uploads_in_parts_is_refused(self, s3: Proxy, uri: str) -> None:
         s3.add(Fault("CreateMultipartUpload", status=501, code="NotImplemented"))
-        store = S3Store(uri, endpoint_url=s3.endpoint, region="us-east-1")
+        store = writer.store(s3.endpoint, uri)
         with pytest.raises(StoreUnavailable, match="cannot write in parts"):
             store.probe()
         s3.clear()
@@ -220,7 +223,7 @@ class TestReading:
     def test_what_another_machine_added_is_seen_at_once(
         self, s3: Proxy, run: Checkpoints, uri: str
     ) -> None:
-        reader = S3Store(uri, endpoint_url=s3.endpoint, region="us-east-1")
+        reader = S3Store(uri, endpoint_url=s3.endpoint, region="us-east-1")  # its own client
         before = reader.find(layout.CHECKPOINTS)
         folder = save(run, 3)
         assert f"{folder}/{layout.MANIFEST}" in reader.find(layout.CHECKPOINTS).keys() - before

@@ -156,9 +156,9 @@ def run(s3: Proxy, tmp_path: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(session_proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    session_proxy.clear()
-    run = Run(tmp_path_factory.mktemp("undisturbed"), session_proxy)
+def undisturbed(moto: Proxy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    moto.clear()
+    run = Run(tmp_path_factory.mktemp("undisturbed"), moto)
     code, output = finish(run.start())
     assert code == ExitCode.DONE, output
     assert run.committed() == [1, 2, 3, 4]

@@ -5,6 +5,7 @@ It is forked from a process that has everything imported, so it starts in a mome
 
 import multiprocessing
 from collections.abc import Sequence
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import TempFlowError
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.retention import Retention
-from tempflow_trainer.store import S3Store
+from tempflow_trainer.store import S3Store, Store
 
 ADAPTER = f"{layout.ADAPTER}/weights"
 
@@ -30,11 +31,22 @@ def export(folder: Path) -> None:
     (folder / ADAPTER).write_bytes(b"weights")
 
 
+@cache
+def _bucket(endpoint: str, name: str) -> S3Store:
+    # A client takes half a second to make; a test should not make three.
+    return S3Store(f"s3://{name}", endpoint_url=endpoint, region="us-east-1")
+
+
+def store(endpoint: str, uri: str) -> Store:
+    """The store of a run, ``s3://bucket/run``."""
+    bucket, _, run = uri.removeprefix("s3://").partition("/")
+    return _bucket(endpoint, bucket).below(run)
+
+
 def start(endpoint: str, uri: str, staging: Path, attempt: int = 1) -> Checkpoints:
     """A start of the run: it has claimed it."""
     staging.mkdir(exist_ok=True)
-    store = S3Store(uri, endpoint_url=endpoint, region="us-east-1")
-    made = Checkpoints(store, staging, attempt, world_size=1, retention=Retention(2))
+    made = Checkpoints(store(endpoint, uri), staging, attempt, world_size=1, retention=Retention(2))
     made.begin()
     return made
 

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +91,11 @@ class Session:
             told = self._on_first(self._last_words)
             self._publish()
             raise Preempted(told) from None
+        except Exception:
+            # What ended the run does not concern a checkpoint that is on its way.
+            with suppress(TempFlowError):
+                self.saver.settle(WAIT_SECONDS)
+            raise
         self._on_first(self._complete)
         self._finish()
 
@@ -210,8 +216,8 @@ class Session:
         left = self.spec.run_policy.termination_grace_period_seconds - END_SECONDS
         until = time.monotonic() + max(left, 1)
         with self.run.clock("checkpoint"):
-            self.saver.settle(until - time.monotonic())
-            if self.committed != self.epochs_done:
+            idle = self.saver.settle(until - time.monotonic())
+            if idle and self.committed != self.epochs_done:
                 self._offer()
                 self.saver.settle(max(until - time.monotonic(), 0))
         stopped = f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; "
