@@ -87,7 +87,8 @@ def stall(run: Checkpoints, trained: Trained, rounds: int) -> tuple[float, list[
     seconds = []
     for step in range(1, rounds + 1):
         start = time.perf_counter()
-        saver.offer(lambda step=step: trained.copy(step), {})  # type: ignore[misc]
+        saver.ready()
+        saver.begin(*trained.copy(step), {})
         seconds.append(time.perf_counter() - start)
         saver.settle(600)
     return statistics.median(seconds), ended

@@ -281,6 +281,13 @@ class TestStarts:
 
 
 class TestBesideTraining:
+    def offer(self, saver: Saver, step: int) -> bool:
+        """What a session does when a save is due."""
+        ready = saver.ready()
+        if ready:
+            saver.begin(writer.state(step), writer.export, {})
+        return ready
+
     def saver(self, run: Checkpoints, ended: list[Save], wait_seconds: float = 20) -> Saver:
         return Saver(
             run,
@@ -295,7 +302,7 @@ class TestBesideTraining:
         ended: list[Save] = []
         saver = self.saver(run, ended)
         start = time.monotonic()
-        assert saver.offer(lambda: (writer.state(3), writer.export), {})
+        assert self.offer(saver, 3)
         assert time.monotonic() - start < 0.3
         assert not saver.settle(0)
         assert saver.settle(20)
@@ -310,10 +317,10 @@ class TestBesideTraining:
         s3.add(Fault("PutObject", delay_seconds=0.3))
         ended: list[Save] = []
         saver = self.saver(run, ended, wait_seconds=0.1)
-        assert saver.offer(lambda: (writer.state(3), writer.export), {})
-        assert not saver.offer(lambda: (writer.state(4), writer.export), {}), "skipped"
+        assert self.offer(saver, 3)
+        assert not self.offer(saver, 4), "skipped"
         assert saver.settle(20)
-        assert saver.offer(lambda: (writer.state(5), writer.export), {})
+        assert self.offer(saver, 5)
         assert saver.settle(20)
         assert [s.step for s in ended] == [3, 5]
         assert committed(run) == [5, 3]
@@ -328,9 +335,9 @@ class TestBesideTraining:
             s3.clear()
             for fault in faults:
                 s3.add(fault)
-            saver.offer(lambda: (writer.state(3 + len(ended)), writer.export), {})
+            self.offer(saver, 3 + len(ended))
             assert saver.settle(20)
         assert [s.error is None for s in ended] == [False, False, True, False, False]
-        saver.offer(lambda: (writer.state(9), writer.export), {})
+        self.offer(saver, 9)
         with pytest.raises(Uncommitted, match="3 checkpoints in a row could not be stored"):
             saver.settle(20)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tempflow_api.v1alpha1 import JobSpec
@@ -80,6 +81,7 @@ def path_variance(t: Tensor) -> Tensor:
 class Perceptron(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.config = width
         self.inner = nn.Linear(width + TEXT_WIDTH + 1, 16)
         self.outer = nn.Linear(16, width)
 
@@ -88,9 +90,15 @@ class Perceptron(nn.Module):
         out: Tensor = self.outer(torch.tanh(self.inner(read)))
         return out
 
-    def save_config(self, folder: Path) -> None:
-        """As a model of diffusers does."""
-        (folder / "config.json").write_text("{}")
+    @classmethod
+    def from_config(cls, config: int) -> "Perceptron":
+        """Another one of the same size, as diffusers makes it."""
+        return cls(config)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """As a model of diffusers exports itself."""
+        folder.mkdir(parents=True)
+        save_file(self.state_dict(), folder / "diffusion_pytorch_model.safetensors")
 
 
 class Mlp(Toy):

@@ -59,31 +59,38 @@ class Saver:
         self._save = Save(0, 0.0)
         self._failures = 0
 
-    def offer(
-        self,
-        copy: Callable[[], tuple[State, Callable[[Path], None]]],
-        evaluation: Mapping[str, float],
-    ) -> bool:
-        """Begin to save what ``copy`` returns; False when the save before takes too long.
-
-        Args:
-            copy: makes the copy in memory: the state, and what writes the exported result.
-            evaluation: metrics of this step, if it was evaluated.
+    def ready(self) -> bool:
+        """Wait for the save before; False when it takes too long, and this one is skipped.
 
         Raises:
             TempFlowError: as ``settle`` does.
         """
-        start = time.perf_counter()
-        if not self.settle(self._wait_seconds):
-            self._count_failure(f"the one before took more than {self._wait_seconds:g} s")
-            return False
-        state, export = copy()
-        self._save = save = Save(state.epochs_done, time.perf_counter() - start)
+        if self.settle(self._wait_seconds):
+            return True
+        self._count_failure(f"the one before took more than {self._wait_seconds:g} s")
+        return False
+
+    def begin(
+        self,
+        state: State,
+        export: Callable[[Path], None],
+        evaluation: Mapping[str, float],
+        *,
+        stall_seconds: float = 0.0,
+    ) -> None:
+        """Save, when ``ready``.
+
+        Args:
+            state: copies in memory, which training does not change.
+            export: writes the exported result of that state into a folder.
+            evaluation: metrics of this step, if it was evaluated.
+            stall_seconds: that training has waited for this.
+        """
+        self._save = save = Save(state.epochs_done, stall_seconds)
         self._thread = threading.Thread(
             target=self._run, args=(save, state, export, evaluation), name="save", daemon=True
         )
         self._thread.start()
-        return True
 
     def settle(self, seconds: float) -> bool:
         """Wait for the save in flight, if there is one; whether none is in flight any more.

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +20,7 @@ from tempflow_api.record import Save as SaveLine
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import checkpoint
+from tempflow_trainer import checkpoint, sharding
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
 from tempflow_trainer.loop import Run, run_epoch
@@ -88,7 +89,7 @@ class Session:
             while self.epochs_done < self.spec.algorithm.epochs:
                 self._epoch()
         except Preempted:
-            told = self._on_first(self._last_words)
+            told = self._commit_in_time()
             self._publish()
             raise Preempted(told) from None
         except Exception:
@@ -96,7 +97,7 @@ class Session:
             with suppress(TempFlowError):
                 self.saver.settle(WAIT_SECONDS)
             raise
-        self._on_first(self._complete)
+        self._complete()
         self._finish()
 
     def _epoch(self) -> None:
@@ -132,6 +133,12 @@ class Session:
                 self.last.reward,
                 self.last.images_per_second,
             )
+            if self.last.groups_left_out:
+                log.warning(
+                    "epoch %d: %d groups of draws lack a required score and are left out",
+                    self.epochs_done,
+                    self.last.groups_left_out,
+                )
         last = self.epochs_done == self.spec.algorithm.epochs
         if last or self.epochs_done % self.spec.evaluation.every_epochs == 0:
             self._evaluate()
@@ -163,19 +170,27 @@ class Session:
         self.last_evaluation = _evaluation_line(self.epochs_done, found, grid)
         self.record.append(layout.EVALUATIONS, self.last_evaluation)
         log.info(
-            "evaluation after %d epochs: reward %.4f", self.epochs_done, float(found.total.mean())
+            "evaluation after %d epochs: reward %.4f",
+            self.epochs_done,
+            float(found.total.nanmean()),
         )
 
     def _save(self) -> None:
         """Begin to save on rank 0; all ranks learn of a failure that ends the run."""
         with self.run.clock("checkpoint"):
-            self._on_first(self._offer)
-
-    def _offer(self) -> str:
-        line = self.last_evaluation
-        evaluation = _figures(line) if line and line.epoch == self.epochs_done else {}
-        self.saver.offer(self._copy, evaluation)
-        return ""
+            start = time.perf_counter()
+            if self._agreed(self.saver.ready):
+                # All ranks take part where weights are in parts.
+                state = self._state()
+                if self.run.ranks.is_first:
+                    line = self.last_evaluation
+                    evaluated = line is not None and line.epoch == self.epochs_done
+                    self.saver.begin(
+                        state,
+                        lambda folder: self._export(folder, state.average),
+                        _figures(line) if line and evaluated else {},
+                        stall_seconds=time.perf_counter() - start,
+                    )
 
     def _look_after_saves(self) -> str:
         self.saver.settle(0)
@@ -199,33 +214,36 @@ class Session:
             ),
         )
 
-    def _complete(self) -> str:
-        """The last checkpoint is what the run was for: without it the run has failed."""
-        with self.run.clock("checkpoint"):
-            while not self.saver.settle(WAIT_SECONDS):
-                log.info("waits for the last checkpoint")
-            while self.committed != self.epochs_done:  # ends: failures are counted
-                self._offer()
-                while not self.saver.settle(WAIT_SECONDS):
-                    log.info("waits for the last checkpoint")
-        return str(self.committed_uri)
+    def _is_committed(self) -> bool:
+        return self.committed == self.epochs_done
 
-    def _last_words(self) -> str:
+    def _complete(self) -> None:
+        """The last checkpoint is what the run was for: without it the run has failed."""
+        while not self._agreed(lambda: self.saver.settle(WAIT_SECONDS)):
+            log.info("waits for the last checkpoint")
+        while not self._agreed(self._is_committed):  # ends: failures are counted
+            self._save()
+            while not self._agreed(lambda: self.saver.settle(WAIT_SECONDS)):
+                log.info("waits for the last checkpoint")
+
+    def _commit_in_time(self) -> str:
         """Commit what there is within the time that is left, and say so."""
         # The launcher's reserve, and some for the processes to end.
         left = self.spec.run_policy.termination_grace_period_seconds - END_SECONDS
         until = time.monotonic() + max(left, 1)
-        with self.run.clock("checkpoint"):
-            idle = self.saver.settle(until - time.monotonic())
-            if idle and self.committed != self.epochs_done:
-                self._offer()
-                self.saver.settle(max(until - time.monotonic(), 0))
+
+        def settled() -> bool:
+            return self.saver.settle(max(until - time.monotonic(), 0))
+
+        if self._agreed(settled) and not self._agreed(self._is_committed):
+            self._save()
+            self._agreed(settled)
         stopped = f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; "
-        if self.committed == self.epochs_done:
+        if self._agreed(self._is_committed):
             return f"{stopped}the state is committed at {self.committed_uri}"
         return (
-            f"{stopped}they could not be stored in time, so the run continues after "
-            f"{self.committed or 0}; allow more with spec.runPolicy.terminationGracePeriodSeconds"
+            f"{stopped}they could not be stored in time, so the run continues from the checkpoint "
+            "before; allow more with spec.runPolicy.terminationGracePeriodSeconds"
         )
 
     def _on_first(self, action: Callable[[], str]) -> str:
@@ -241,27 +259,28 @@ class Session:
             raise of_code(int(answer["code"]), str(answer["message"]))
         return str(answer["value"])
 
-    def _copy(self) -> tuple[State, Callable[[Path], None]]:
-        """The state, and the writer of the result people use: the average, as evaluated, with
-        what is needed to load it. Both are copies in memory."""
-        state = self._state()
-        write_weights = self.run.tuning.exporter(state.average)
+    def _agreed(self, question: Callable[[], bool]) -> bool:
+        """Rank 0's answer, on every rank."""
+        return self._on_first(lambda: "yes" if question() else "") == "yes"
+
+    def _export(self, folder: Path, average: dict[str, Tensor]) -> None:
+        """The result people use is the average, as evaluated; with what is needed to load it."""
         config = self.spec.model_dump_json(by_alias=True, indent=1)
-
-        def export(folder: Path) -> None:
-            (folder / layout.CONFIG).write_text(config, encoding="utf-8")
-            write_weights(folder)
-
-        return state, export
+        (folder / layout.CONFIG).write_text(config, encoding="utf-8")
+        self.run.tuning.export(folder, average)
 
     def _state(self) -> State:
-        parameters = self.run.tuning.parameters()
+        """A copy in memory on rank 0; the others ask with it, as it takes all of them to make
+        parts whole."""
+        names, first = list(self.run.tuning.parameters()), self.run.ranks.is_first
+        trained = sharding.gathered(self.run.tuning.parameters(), keep=first)
+        average = sharding.gathered(self.run.ema.values, keep=first)
         return State(
             epochs_done=self.epochs_done,
             updates_done=self.run.updates_done,
-            trained=checkpoint.host_copy(parameters),
-            average=checkpoint.host_copy(self.run.ema.values),
-            optimizer=checkpoint.optimizer_tensors(self.run.optimizer, list(parameters)),
+            trained=checkpoint.host_copy(trained),
+            average=checkpoint.host_copy(average),
+            optimizer=checkpoint.optimizer_tensors(self.run.optimizer, names, keep=first),
             totals=self._totals(),
         )
 
@@ -340,7 +359,8 @@ class Session:
         except ValueError as error:
             raise ModelUnavailable(f"{uri} does not fit spec.model: {error}") from error
         for name, value in state.average.items():
-            self.run.ema.values[name].copy_(value)
+            average = self.run.ema.values[name]
+            average.copy_(sharding.like(value, average))
         names = list(self.run.tuning.parameters())
         if state.optimizer:
             checkpoint.restore_optimizer(self.run.optimizer, names, state.optimizer)
@@ -411,7 +431,11 @@ class Session:
 
 
 def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> EvaluationLine:
-    spreads = {name: Spread(**_moments(values)) for name, values in found.scores.items()}
+    spreads = {
+        name: Spread(**_moments(values))
+        for name, values in found.scores.items()
+        if bool(values.isfinite().any())
+    }
     total = _moments(found.total)
     return EvaluationLine(
         epoch=epoch,
@@ -419,6 +443,7 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
         reward=total["mean"],
         reward_std=total["std"],
         rewards=spreads,
+        missing_scores={name: int(v.isnan().sum()) for name, v in found.scores.items()},
         diversity=found.diversity,
         images=len(found.total),
         grid=grid,
@@ -427,8 +452,11 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
 
 def _figures(line: EvaluationLine) -> dict[str, float]:
     """Means by name, as a checkpoint's manifest has them."""
-    return {"reward": line.reward, **{name: s.mean for name, s in line.rewards.items()}}
+    found = {"reward": line.reward, **{name: s.mean for name, s in line.rewards.items()}}
+    return {name: mean for name, mean in found.items() if math.isfinite(mean)}
 
 
 def _moments(values: Tensor) -> dict[str, float]:
-    return {"mean": float(values.mean()), "std": float(values.std(correction=0))}
+    """Of the scores that are there."""
+    there = values[values.isfinite()]
+    return {"mean": float(there.mean()), "std": float(there.std(correction=0))}

@@ -1,7 +1,6 @@
 """Saves beside the training: what it waits for, and when failures end it."""
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,14 +48,15 @@ class Beside:
         )
 
     def offer(self, step: int) -> bool:
-        return self.saver.offer(self.copy(step), {"reward": float(step)})
+        """What a session does when a save is due."""
+        if not self.saver.ready():
+            return False
+        self.saver.begin(self.state(step), lambda _folder: None, {"reward": float(step)})
+        return True
 
-    def copy(self, step: int) -> Callable[[], tuple[State, Callable[[Path], None]]]:
-        def made() -> tuple[State, Callable[[Path], None]]:
-            values = {name: value.clone() for name, value in self.weights.items()}
-            return State(step, step, values, values, {}, {}), lambda _folder: None
-
-        return made
+    def state(self, step: int) -> State:
+        values = {name: value.clone() for name, value in self.weights.items()}
+        return State(step, step, values, values, {}, {})
 
     def steps(self) -> list[int]:
         return [folder.step for folder in self.run.committed()]
@@ -119,9 +119,6 @@ def test_a_bug_is_not_a_store_that_refuses(beside: Beside) -> None:
     def broken(_folder: Path) -> None:
         raise ZeroDivisionError
 
-    def copy() -> tuple[State, Callable[[Path], None]]:
-        return beside.copy(1)()[0], broken
-
-    beside.saver.offer(copy, {})
+    beside.saver.begin(beside.state(1), broken, {})
     with pytest.raises(ZeroDivisionError):
         beside.saver.settle(20)
