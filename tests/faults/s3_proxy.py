@@ -158,7 +158,7 @@ def _serve(handler: BaseHTTPRequestHandler, request: Seen, fault: Fault, server:
     fault.before(request)
     time.sleep(fault.delay_seconds)
     if fault.status is not None:
-        text = f"<Error><Code>{fault.code}</Code><Message>{fault.code} here</Message></Error>"
+        text = f"<Error><Code>{fault.code}</Code><Message>of the test</Message></Error>"
         _answer(handler, fault.status, [("Content-Type", "application/xml")], text.encode(), None)
         return
     headers = {k: v for k, v in handler.headers.items() if k.lower() != fault.strip.lower()}

@@ -205,6 +205,12 @@ _REQUEST_SECONDS = 900.0
 _CONFLICTS = 5
 """Times that a store may ask to repeat a conditional write because another one ran beside it."""
 
+
+def _said(error: Exception) -> str:
+    """What s3fs says, and what the store itself said: only the latter has the code."""
+    return f"{error} {error.__cause__ or ''}"
+
+
 _REMEDIES = {
     "RequestTimeTooSkewed": "this machine's clock differs too much from the store's: set it",
     "ExpiredToken": "the credentials have expired: renew them",
@@ -266,7 +272,7 @@ class S3Store(Store):
             except FileExistsError:
                 return False
             except _REFUSALS as error:
-                text = str(error).lower()
+                text = _said(error).lower()
                 # Not every store words its refusal as s3fs expects.
                 if "precondition" in text or "pre-condition" in text:
                     return False
@@ -349,7 +355,7 @@ class S3Store(Store):
         if isinstance(error, FSTimeoutError):
             reason = "it took longer than it may"
         remedy = next(
-            (remedy for name, remedy in _REMEDIES.items() if name in f"{reason} {error.__cause__}"),
+            (remedy for name, remedy in _REMEDIES.items() if name in _said(error)),
             "check that the bucket exists, that the credentials allow it, and "
             "spec.checkpoint.endpointUrl",
         )
