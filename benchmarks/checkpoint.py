@@ -8,6 +8,7 @@ do not. Ours and boto3's transfers take turns.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import boto3
@@ -94,31 +96,59 @@ def stall(run: Checkpoints, trained: Trained, rounds: int) -> tuple[float, list[
     return statistics.median(seconds), ended
 
 
-def lost_beside(work: Callable[[], object]) -> tuple[float, float]:
-    """Share of a loop's speed that is lost while ``work`` runs in another thread, and the work's
-    seconds.
+def lost_beside(start: Callable[[], None], going: Callable[[], bool]) -> tuple[float, float]:
+    """Share of a loop's speed that is lost while something else goes on, and for how long.
 
     The loop is what a training process does while its GPU computes: start small operations from
-    Python. It has a processor of its own where there are two.
+    Python.
     """
     values = torch.ones(64, 64)
 
     def rate(seconds: float, going: Callable[[], bool]) -> float:
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds and going():
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds and going():
             for _ in range(20):
                 values.add(1).sum()
             count += 1
-        return count / (time.perf_counter() - start)
+        return count / (time.perf_counter() - began)
 
-    alone = rate(1.5, lambda: True)
-    thread = threading.Thread(target=work)
-    start = time.perf_counter()
-    thread.start()
-    beside = rate(600, thread.is_alive)
-    thread.join()
-    seconds = time.perf_counter() - start
-    return 1 - beside / max(alone, rate(1.5, lambda: True)), seconds
+    alone = rate(2, lambda: True)
+    start()
+    began = time.perf_counter()
+    beside = rate(600, going)
+    seconds = time.perf_counter() - began
+    return 1 - beside / max(alone, rate(2, lambda: True)), seconds
+
+
+def beside_thread(run: Checkpoints, trained: Trained, step: int) -> tuple[float, float]:
+    """What a save in a thread of the training process takes away."""
+    state, export = trained.copy(step)
+    thread = threading.Thread(target=run.save, args=(state, export))
+    return lost_beside(thread.start, thread.is_alive)
+
+
+def save_elsewhere(endpoint: str, staging: Path, ready: Event, go: Event) -> None:
+    """The same save in a process that does nothing else."""
+    staging.mkdir()
+    store = S3Store(f"s3://{BUCKET}/other", endpoint_url=endpoint, region="us-east-1")
+    run = Checkpoints(store, staging, 1, world_size=1, retention=Retention(2))
+    run.begin()
+    state, export = Trained().copy(1)
+    ready.set()
+    go.wait()
+    run.save(state, export)
+
+
+def beside_process(endpoint: str, staging: Path) -> tuple[float, float]:
+    """What a save in another process takes away: the machine's processors, and no lock."""
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Event(), context.Event()
+    process = context.Process(target=save_elsewhere, args=(endpoint, staging, ready, go))
+    process.start()
+    ready.wait()
+    found = lost_beside(go.set, process.is_alive)
+    process.join()
+    return found
 
 
 def transfers(
@@ -195,9 +225,12 @@ def report(folder: Path, endpoint: str, rounds: int) -> None:
     stage = statistics.median(save.stage_seconds for save in saves)
     send = statistics.median(save.send_seconds for save in saves)
     print(f"beside the training    {stage:.2f} s to local disk with SHA-256, {send:.2f} s to S3")
-    state, export = trained.copy(rounds + 1)
-    lost, seconds = lost_beside(lambda: run.save(state, export))
-    print(f"a loop in Python loses {lost:.0%} of its speed for the {seconds:.1f} s of a save")
+    threads = [beside_thread(run, trained, rounds + 1 + n) for n in range(rounds)]
+    processes = [beside_process(endpoint, folder / f"other-{n}") for n in range(rounds)]
+    for where, measured in (("a thread", threads), ("a process", processes)):
+        lost = statistics.median(share for share, _ in measured)
+        seconds = statistics.median(seconds for _, seconds in measured)
+        print(f"saved in {where:14} a loop in Python is {lost:.0%} slower for {seconds:.1f} s")
     found = transfers(run, trained, endpoint, folder, rounds)
     for ours, theirs in (("save", "boto3 up"), ("load", "boto3 down")):
         mine, other = statistics.median(found[ours]), statistics.median(found[theirs])

@@ -15,10 +15,10 @@ from tempflow_trainer.store import S3Store
 from tests.faults import writer
 from tests.faults.s3_proxy import Fault, Proxy
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.parametrize("s3", ["moto", "seaweed"], indirect=True),
-]
+pytestmark = pytest.mark.faults
+
+BOTH = pytest.mark.parametrize("s3", ["moto", "seaweed"], indirect=True)
+"""Servers of two makers."""
 
 MIB = 1 << 20
 
@@ -45,6 +45,7 @@ def operations(s3: Proxy) -> list[str]:
     return [request.operation for request in s3.log]
 
 
+@BOTH
 class TestReplies:
     @pytest.mark.parametrize("key", [layout.MANIFEST, layout.LEDGER], ids=["manifest", "entry"])
     def test_lost_after_the_write_is_not_a_lost_race(
@@ -74,9 +75,10 @@ class TestReplies:
         save(run, 4)
         assert committed(run) == [4, 3]
 
-    @pytest.mark.parametrize("times", [2, 5])
-    def test_slow_down_for_a_while(self, s3: Proxy, run: Checkpoints, times: int) -> None:
-        s3.add(Fault("PutObject", times=times, status=503, code="SlowDown"))
+
+class TestTime:
+        def test_slow_down_for_a_while(self, s3: Proxy, run: Checkpoints) -> None:
+        s3.add(Fault("PutObject", times=3, status=503, code="SlowDown"))
         save(run, 3)
         assert committed(run) == [3, 2]
 
@@ -106,6 +108,7 @@ class TestReplies:
         assert committed(run) == [3, 2]
 
 
+@BOTH
 class TestRefusals:
     def test_one_file_of_many(self, s3: Proxy, run: Checkpoints) -> None:
         s3.add(Fault("PutObject", key="optimizer", status=403, code="AccessDenied"))
@@ -133,13 +136,21 @@ class TestRefusals:
             store.probe()
         assert len(s3.log) == 1, "what is refused for good is not asked again and again"
 
-    def test_a_missing_bucket_is_not_created(self, s3: Proxy) -> None:
+    def test_a_missing_bucket_is_not_created(
+        self, s3: Proxy, request: pytest.FixtureRequest
+    ) -> None:
+        if "seaweed" in request.node.name:
+            pytest.skip("this server makes a bucket by itself when somebody writes to it")
         store = S3Store("s3://not-there/run", endpoint_url=s3.endpoint, region="us-east-1")
         with pytest.raises(StoreUnavailable, match="check that the bucket exists"):
             store.probe()
         assert "CreateBucket" not in operations(s3)
 
-    def test_a_store_that_overwrites_is_refused(self, s3: Proxy, uri: str) -> None:
+    def test_a_store_that_overwrites_is_refused(
+        self, s3: Proxy, uri: str, request: pytest.FixtureRequest
+    ) -> None:
+        if "seaweed" in request.node.name:
+            pytest.skip("this server checks signatures, so no header can be taken out")
         s3.add(Fault(strip="If-None-Match"))
         store = writer.store(s3.endpoint, uri)
         with pytest.raises(StoreUnavailable, match="it ignores If-None-Match"):
@@ -164,6 +175,7 @@ class TestRefusals:
         assert len(names) == 4
 
 
+@BOTH
 class TestLargeFiles:
     @pytest.fixture
     def large(self, tmp_path: Path) -> Path:
@@ -197,6 +209,7 @@ class TestLargeFiles:
         assert run.store.find("large") == {"large": large.stat().st_size}
 
 
+@BOTH
 class TestReading:
     def test_a_reply_that_breaks_off_is_read_again(self, s3: Proxy, run: Checkpoints) -> None:
         s3.add(Fault("GetObject", key="trained", times=1, cut_reply=20))
@@ -247,6 +260,7 @@ class TestReading:
             save(run, 5)
 
 
+@BOTH
 class TestStarts:
     def test_two_at_once_never_own_the_run_both(self, s3: Proxy, uri: str, tmp_path: Path) -> None:
         made: list[Checkpoints] = []

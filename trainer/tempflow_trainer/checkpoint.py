@@ -13,6 +13,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,6 +43,7 @@ TRAINED, AVERAGE, OPTIMIZER, COUNTERS = (
 )
 MOST_FALLBACKS = 3
 FORGET_SECONDS = 30.0
+FILES_AT_ONCE = 4
 SPACE = 1.2
 """Free space asked for before staging, as a multiple of what is to be written."""
 
@@ -326,33 +328,44 @@ class Checkpoints:
         """
         local = self.staging / f"load-{uuid.uuid4().hex}"
         there = self.store.find(folder)
+        files = [
+            file
+            for file in self._read_manifest(folder).files
+            if file.path.startswith(f"{layout.STATE}/")
+        ]
         try:
-            for file in self._read_manifest(folder).files:
-                if not file.path.startswith(f"{layout.STATE}/"):
-                    continue
+            for file in files:
                 if f"{folder}/{file.path}" not in there:
                     raise CheckpointCorrupt(f"{folder}/{file.path} is missing")
-                self._fetch(f"{folder}/{file.path}", local / file.path)
-                if _describe(local, local / file.path) != file:
-                    raise CheckpointCorrupt(f"{folder}/{file.path} differs from its manifest")
+            # One is hashed while another travels.
+            with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+                list(pool.map(lambda file: self._fetch(folder, file, local), files))
             return _read_state(local / layout.STATE)
         finally:
             shutil.rmtree(local, ignore_errors=True)
 
-    def _fetch(self, key: str, local: Path) -> None:
+    def _fetch(self, folder: str, file: StoredFile, local: Path) -> None:
+        key = f"{folder}/{file.path}"
         try:
-            self.store.get(key, local)
+            self.store.get(key, local / file.path)
         except StoreUnavailable:
-            # An older start may be deleting what it lets go of.
-            if key in self.store.find(key):
-                raise
-            raise CheckpointCorrupt(f"{key} is missing") from None
+            self._check_there(key)
+            raise
+        if _describe(local, local / file.path) != file:
+            raise CheckpointCorrupt(f"{key} differs from its manifest")
+
+    def _check_there(self, key: str) -> None:
+        """An older start may be deleting what it lets go of: that is no store that fails."""
+        if key not in self.store.find(key):
+            raise CheckpointCorrupt(f"{key} is missing")
 
     def _read_manifest(self, folder: str) -> CheckpointManifest:
+        key = f"{folder}/{layout.MANIFEST}"
         try:
-            manifest = CheckpointManifest.model_validate_json(
-                self.store.read(f"{folder}/{layout.MANIFEST}")
-            )
+            manifest = CheckpointManifest.model_validate_json(self.store.read(key))
+        except StoreUnavailable:
+            self._check_there(key)
+            raise
         except (ValidationError, UnicodeDecodeError) as error:
             raise CheckpointCorrupt(f"{folder}: its manifest is damaged") from error
         named = layout.parse_folder(folder.rpartition("/")[2])

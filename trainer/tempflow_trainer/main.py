@@ -230,7 +230,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         raise StoreUnavailable(f"cannot write to {work}: {error.strerror}") from error
     run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
     store = open_store(spec.checkpoint, run_id, work.parent)
-    place, _, run_folder = run_id.rpartition("/")
+    runs, _, run_folder = run_id.rpartition("/")
     if ranks.is_first:
         store.probe()
     device = device_of(spec, ranks.local_rank)
@@ -253,7 +253,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         record=record,
         announce=server.announce if server else lambda _progress: None,
         origin=Origin.of(spec.init_from, spec.checkpoint, staging) if spec.init_from else None,
-        older_runs=lambda: older_runs(open_store(spec.checkpoint, place, work.parent), run_folder),
+        older_runs=lambda: older_runs(open_store(spec.checkpoint, runs, work.parent), run_folder),
     ).train()
 
 
