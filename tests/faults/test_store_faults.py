@@ -13,7 +13,7 @@ from tempflow_trainer.checkpoint import Checkpoints
 from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.store import S3Store
 from tests.faults import writer
-from tests.faults.s3_proxy import Fault, Proxy
+from tests.faults.s3_proxy import Fault, Proxy, Seen
 
 pytestmark = pytest.mark.faults
 
@@ -77,7 +77,7 @@ class TestReplies:
 
 
 class TestTime:
-        def test_slow_down_for_a_while(self, s3: Proxy, run: Checkpoints) -> None:
+    def test_slow_down_for_a_while(self, s3: Proxy, run: Checkpoints) -> None:
         s3.add(Fault("PutObject", times=3, status=503, code="SlowDown"))
         save(run, 3)
         assert committed(run) == [3, 2]
@@ -97,7 +97,11 @@ class TestTime:
 
     def test_a_store_that_hangs_ends_by_the_deadline(self, s3: Proxy, run: Checkpoints) -> None:
         released = threading.Event()
-        s3.add(Fault("PutObject", times=1, before=lambda _s: bool(released.wait(20))))  # type: ignore[arg-type]
+
+        def hang(_seen: Seen) -> None:
+            released.wait(20)
+
+        s3.add(Fault("PutObject", times=1, before=hang))
         run.save_seconds = 2
         with pytest.raises(StoreUnavailable, match="it took longer than it may"):
             save(run, 3)
