@@ -334,7 +334,9 @@ class S3Store(Store):
     def find(self, prefix: str) -> dict[str, int]:
         # Not s3fs's own: it asks more, and takes what some stores keep of empty folders for a file.
         bucket, _, root = f"{self._root}/".partition("/")
-        start, found, page = f"{root}{prefix}", {}, {}
+        start = f"{root}{prefix}"
+        found: dict[str, int] = {}
+        page: dict[str, str] = {}
         try:
             while True:
                 answer = self._fs.call_s3(
