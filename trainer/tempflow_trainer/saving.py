@@ -1,7 +1,7 @@
 """Checkpoints beside the training: it waits for a copy in memory, a thread does the rest.
 
-One checkpoint is in flight. A thread, not a process: hashing, disk and network mostly wait outside the
-interpreter's lock; ``benchmarks/checkpoint.py`` compares the two.
+One checkpoint is in flight. A thread, not a process: hashing, disk and network mostly wait outside
+the interpreter's lock; ``benchmarks/checkpoint.py`` compares the two.
 """
 
 import logging
