@@ -81,7 +81,6 @@ def path_variance(t: Tensor) -> Tensor:
 class Perceptron(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.config = width
         self.inner = nn.Linear(width + TEXT_WIDTH + 1, 16)
         self.outer = nn.Linear(16, width)
         self.config = {"width": width}
@@ -95,11 +94,6 @@ class Perceptron(nn.Module):
         read = torch.cat([x_BD, text, sigma_B[:, None]], dim=1)
         out: Tensor = self.outer(torch.tanh(self.inner(read)))
         return out
-
-    @classmethod
-    def from_config(cls, config: int) -> "Perceptron":
-        """Another one of the same size, as diffusers makes it."""
-        return cls(config)
 
     def save_pretrained(self, folder: Path) -> None:
         """As a model of diffusers exports itself."""
