@@ -22,7 +22,7 @@ from tempflow_api.errors import (
 )
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import Checkpoint, JobSpec, TempFlowGRPOJob
-from tempflow_trainer import distributed
+from tempflow_trainer import distributed, preflight
 from tempflow_trainer.algorithm import branching, sde, weighting
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.checkpoint import Checkpoints
@@ -231,11 +231,14 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
     run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
     store = open_store(spec.checkpoint, run_id, work.parent)
     runs, _, run_folder = run_id.rpartition("/")
-    if ranks.is_first:
+    if spec.compute.preflight:
+        preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
+    elif ranks.is_first:
         store.probe()
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
-    model = families.load(spec.model, cache=work / "models", device=device)
+    cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
+    model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")
     run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
     Session(
@@ -254,6 +257,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         announce=server.announce if server else lambda _progress: None,
         origin=Origin.of(spec.init_from, spec.checkpoint, staging) if spec.init_from else None,
         older_runs=lambda: older_runs(open_store(spec.checkpoint, runs, work.parent), run_folder),
+        run_id=run_id,
     ).train()
 
 

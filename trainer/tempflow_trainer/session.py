@@ -51,6 +51,8 @@ class Session:
     """What a run without a checkpoint of its own starts from."""
     older_runs: Callable[[], list[str]] = list
     """Where other runs of the same name lie."""
+    run_id: str = ""
+    """Which run's progress it is, for whoever asks at this address."""
     epochs_done: int = 0
     committed: int | None = None
     committed_uri: str | None = None
@@ -90,7 +92,6 @@ class Session:
                 self._epoch()
         except Preempted:
             told = self._commit_in_time()
-            self._publish()
             raise Preempted(told) from None
         except Exception:
             # What ended the run does not concern a checkpoint that is on its way.
@@ -200,6 +201,8 @@ class Session:
         if save.folder is not None:
             self.committed = save.step
             self.committed_uri = f"{self.checkpoints.store.uri}/{save.folder}"
+            # At once: whoever ends this process now still learns which checkpoint is the newest.
+            self._publish()
         self.record.append(
             layout.SAVES,
             SaveLine(
@@ -420,6 +423,7 @@ class Session:
                 "epochs": epochs,
                 "phase": phase,
                 "attempt": self.checkpoints.attempt,
+                "runId": self.run_id,
                 "reward": last.reward if last else None,
                 "imagesPerSecond": last.images_per_second if last else None,
                 "etaSeconds": epoch_seconds * left if epoch_seconds else None,

@@ -249,8 +249,9 @@ def allowed(old: Raw, new: Raw) -> bool:
         text = rule["rule"].replace("&&", " and ").replace("||", " or ").replace("!has", "not has")
         for holder in ("self", "oldSelf"):
             for path in sorted([*LEAVES, "model.lora", "initFrom"], key=len, reverse=True):
-                section, _, field = f"{holder}.{path}".rpartition(".")
-                text = text.replace(f"has({holder}.{path})", f"has({section}.get('{field}'))")
+                section, _, field = path.rpartition(".")
+                block = f"{holder}.{section}" if section else holder
+                text = text.replace(f"has({holder}.{path})", f"has({block}.get('{field}'))")
         if not eval(text, scope):
             return False
     return True
