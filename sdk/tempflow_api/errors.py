@@ -7,6 +7,8 @@ TempFlowError
  ├─ ModelUnavailable     weights cannot be loaded
  ├─ RewardFailed         a scorer is unknown or gave no usable score
  ├─ StoreUnavailable     the checkpoint store refuses or is missing
+ ├─ Uncommitted          no checkpoint could be stored for too long
+ ├─ Fenced               a newer start of the run has taken it over
  ├─ CheckpointCorrupt    no complete checkpoint passed validation
  ├─ AddressInUse         a port that the run needs is taken
  ├─ TrainingDiverged     loss or gradients are not finite
@@ -42,6 +44,7 @@ class ExitCode(IntEnum):
     PREFLIGHT = 91
     SELF_TEST = 92
     COLLAPSED = 93
+    UNCOMMITTED = 94
     INTERRUPTED = 130
 
 
@@ -122,6 +125,14 @@ class RewardFailed(TempFlowError):
 
 class StoreUnavailable(TempFlowError):
     exit_code = ExitCode.STORE
+
+
+class Uncommitted(TempFlowError):
+    exit_code = ExitCode.UNCOMMITTED
+
+
+class Fenced(TempFlowError):
+    exit_code = ExitCode.FENCED
 
 
 class CheckpointCorrupt(TempFlowError):

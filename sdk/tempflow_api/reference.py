@@ -30,6 +30,7 @@ EXIT_MEANINGS: dict[ExitCode, str] = {
     ExitCode.PREFLIGHT: "A check before training found the node, the network or the store unfit.",
     ExitCode.SELF_TEST: "The self-test before the first epoch found a mismatch.",
     ExitCode.COLLAPSED: "The guard stopped the run: its alarms say why.",
+    ExitCode.UNCOMMITTED: "Several checkpoints in a row could not be stored.",
     ExitCode.INTERRUPTED: "Interrupted from the keyboard.",
 }
 

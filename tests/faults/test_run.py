@@ -187,7 +187,7 @@ def test_a_full_disk_keeps_what_was_complete(job: Path, tmp_path: Path) -> None:
         timeout=PATIENCE_SECONDS,
         check=False,
     )
-    assert done.returncode == ExitCode.STORE, done.stdout + done.stderr
+    assert done.returncode == ExitCode.UNCOMMITTED, done.stdout + done.stderr
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     seen = tmp_path / "seen" / "faulty"

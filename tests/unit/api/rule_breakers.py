@@ -84,6 +84,8 @@ _IN_STEP = _position("with shard", "spec.compute.strategy")
 _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
+_BEST_METRIC = _position("is reward", "spec.checkpoint.keepBest.metric")
+_SHARED_SOURCE = _position("starts with s3://", "spec.initFrom.uri")
 
 _NO_GPU = _position("is at least 1", "spec.compute.gpusPerProcess")
 _RESOURCES = _position("names have", "spec.compute.extendedResources")
@@ -152,6 +154,16 @@ BREAKERS = (
         "nodes with a folder",
         _SHARED_STORE,
         {"compute.nodes": 2, "checkpoint": {"uri": "/mnt/runs"}},
+    ),
+    Breaker("a metric that nobody measures", _BEST_METRIC, {"checkpoint.keepBest.metric": "other"}),
+    Breaker(
+        "nodes that start from a folder",
+        _SHARED_SOURCE,
+        {
+            "compute.nodes": 2,
+            "checkpoint.uri": "s3://bucket/runs",
+            "initFrom": {"uri": "/mnt/runs/other"},
+        },
     ),
     Breaker("cuda without a GPU", _NO_GPU, {"compute.device": "cuda", "compute.gpusPerProcess": 0}),
     Breaker("no domain", _RESOURCES, {"compute.extendedResources": {"rdma": 1}}),
