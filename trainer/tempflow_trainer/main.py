@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 
 from tempflow_api import naming
-from tempflow_api.errors import DeviceMissing, ExitCode, StoreUnavailable, TempFlowError
+from tempflow_api.errors import (
+    DeviceMissing,
+    ExitCode,
+    RewardFailed,
+    StoreUnavailable,
+    TempFlowError,
+)
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed
@@ -33,6 +39,7 @@ from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.progress import ProgressServer
 from tempflow_trainer.rewards import registry
+from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import open_store
@@ -71,6 +78,13 @@ def device_of(spec: JobSpec, local_rank: int) -> torch.device:
     return device
 
 
+def tuning_of(spec: JobSpec, model: FlowModel) -> Tuning:
+    """The weights of ``model`` that the job trains; they are set up for it."""
+    if spec.model.lora is not None:
+        return LoraTuning(model, spec.model.lora, spec.algorithm.seed)
+    return FullTuning(model, keep_reference=spec.algorithm.kl_coefficient > 0)
+
+
 def build_run(
     spec: JobSpec,
     model: FlowModel,
@@ -78,15 +92,16 @@ def build_run(
     ranks: Ranks,
     device: torch.device,
     stop_requested: Callable[[], bool],
+    place: Place | None = None,
 ) -> Run:
-    """The parts of a run, from a specification that keeps all rules."""
+    """The parts of a run, from a specification that keeps all rules.
+
+    Raises:
+        RewardFailed: a reward that does not exist, or compares draws where there is one.
+    """
     algorithm, sampling = spec.algorithm, spec.sampling
     set_memory_savers(spec, model)
-    tuning: Tuning = (
-        LoraTuning(model, spec.model.lora, algorithm.seed)
-        if spec.model.lora is not None
-        else FullTuning(model, keep_reference=algorithm.kl_coefficient > 0)
-    )
+    tuning = tuning_of(spec, model)
     if spec.compute.strategy == "shard" and ranks.world > 1:
         tuning.shard(ranks, device)
     policy = Policy.of(
@@ -106,6 +121,12 @@ def build_run(
         draws=algorithm.branches_per_seed,
     )
     noise_std_T = sde.noise_std_T(schedule, sampling.noise_level)
+    reward = registry.build(spec.rewards, place or Place())
+    if reward.group_wise and plan.draws < 2:
+        raise RewardFailed(
+            "spec.rewards: a reward compares the draws of a branch step, of which there is one; "
+            "raise algorithm.branchesPerSeed, or leave the reward to tempflow's method"
+        )
     return Run(
         ranks=ranks,
         policy=policy,
@@ -126,7 +147,7 @@ def build_run(
         ),
         plan=plan,
         walker=walker,
-        reward=registry.build(spec.rewards),
+        reward=reward,
         advantage_rule=AdvantageRule(**algorithm.advantage.model_dump()),
         objective=Objective(algorithm.clip_range, algorithm.kl_coefficient),
         weights_S=weighting.weights_S(algorithm.weighting, noise_std_T, plan.steps),
@@ -202,7 +223,8 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
     model = families.load(spec.model, cache=work / "models", device=device)
-    run = build_run(spec, model, prompts, ranks, device, stop_requested)
+    place = Place(device, work / "models")
+    run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
     Session(
         spec=spec,
         run=run,
@@ -221,7 +243,12 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
 
 def read_job(path: Path) -> TempFlowGRPOJob:
     """The resolved job, checked again: it may have been edited, or come from a newer operator."""
-    job = TempFlowGRPOJob.model_validate_json(path.read_bytes())
+    return read_job_text(path.read_text(encoding="utf-8"))
+
+
+def read_job_text(text: str) -> TempFlowGRPOJob:
+    """The same, from its JSON."""
+    job = TempFlowGRPOJob.model_validate_json(text)
     broken = broken_rules(job.spec)
     if broken:
         raise ValueError("; ".join(f"{rule.path}: {rule.message}" for rule in broken))

@@ -98,7 +98,8 @@ class Flux2Klein(FlowModel):
             img_ids=torch.cartesian_prod(one, rows, columns, one).to(device),
             return_dict=False,
         )[0]
-        return tokens_BLC.transpose(1, 2).unflatten(2, (height, width))
+        velocity_BCHW: Tensor = tokens_BLC.transpose(1, 2).unflatten(2, (height, width))
+        return velocity_BCHW
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import fsspec
 import torch
 from botocore.exceptions import BotoCoreError
 from huggingface_hub import constants, get_token, hf_hub_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the client's
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined]  # of the client library, whose name has changed
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,

@@ -39,6 +39,8 @@ class Tuning(ABC):
 
     sharded = False
     """Whether each rank holds a part of them; their gradients are sums over the ranks then."""
+    keeps_reference = False
+    """Whether the model before training is a second copy of it."""
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -170,6 +172,7 @@ class FullTuning(Tuning):
         self._kind = type(model.transformer)
         self._transformer = model.transformer.float().requires_grad_(True)
         self._model = model
+        self.keeps_reference = keep_reference
         self._reference: nn.Module | None = None
         if keep_reference:
             self._reference = copy.deepcopy(model.transformer).requires_grad_(False)
