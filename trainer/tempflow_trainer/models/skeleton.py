@@ -57,6 +57,7 @@ TEXT: Mapping[str, Callable[[Any, int], Shapes]] = {
     "sd3": _sd3_text,
     "flux": _flux_text,
     "qwen-image": _qwen_text,
+    "flux2-klein": _qwen_text,
 }
 
 
@@ -126,7 +127,7 @@ def skeleton(model: Model) -> Skeleton:
         ) from error
     module, _, name = families.FAMILIES[model.family].partition(":")
     adapter = getattr(importlib.import_module(module), name)
-    pipeline = _pipeline(json.loads((folder / INDEX).read_text())["_class_name"], parts)
+    pipeline = _pipeline(json.loads((folder / INDEX).read_text()), parts)
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
     config = parts["transformer"].config
     return Skeleton(
@@ -184,13 +185,14 @@ def _transformers_part(kind: str, folder: Path) -> Any:
         return getattr(transformers, kind)(config)
 
 
-def _pipeline(kind: str, parts: dict[str, Any]) -> Any:
+def _pipeline(index: dict[str, Any], parts: dict[str, Any]) -> Any:
     """The pipeline of the adapter; it needs no tokenizer to draw."""
     names = ("tokenizer", "tokenizer_2", "tokenizer_3", "image_encoder", "feature_extractor")
-    known = getattr(diffusers, kind)
+    known = getattr(diffusers, index["_class_name"])
     accepted = known.__init__.__annotations__
     absent = {name: None for name in names if name in accepted}
-    return known(**parts, **absent)
+    switches = {name: v for name, v in index.items() if isinstance(v, bool) and name in accepted}
+    return known(**parts, **absent, **switches)
 
 
 def _configurations(model: Model) -> Path:
