@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -63,15 +64,16 @@ TINY_VAE = {**FULL_VAE, "block_out_channels": (4,) * 4, "layers_per_block": 1, "
 class Size:
     """A network to time: how to make it, and what one row of it costs."""
 
-    family: str
-    network: Callable[[], nn.Module]
+    family: Literal["sd3", "flux"]
+    network: Callable[[], Any]
+    """diffusers' own class, which is untyped."""
     vae: dict[str, object]
     text_tokens: int
     guidance: float
     cost: Callable[..., float]
 
 
-def _sd3(**changes: object) -> Callable[[], nn.Module]:
+def _sd3(**changes: object) -> Callable[[], Any]:
     published = {
         "sample_size": 128,
         "patch_size": 2,
@@ -120,9 +122,9 @@ SIZES = {
 class RandomText:
     """Random conditioning of the right shapes: the text side is frozen and not timed."""
 
-    def __init__(self, size: Size, network: nn.Module, device: torch.device) -> None:
+    def __init__(self, size: Size, network: Any, device: torch.device) -> None:
         config = network.config
-        self._shapes = {
+        self._shapes: dict[str, tuple[int, ...]] = {
             "encoder_hidden_states": (size.text_tokens, config.joint_attention_dim),
             "pooled_projections": (config.pooled_projection_dim,),
         }

@@ -56,7 +56,7 @@ def prepare(case: Case, tuning: str, folder: Path) -> tuple[dict[str, object], t
     x = starts(model, height, width)
     latents = folder / f"latents-{name}.safetensors"
     save_file({"latents": case.its_latents(model.pipeline, x).contiguous()}, latents)
-    asked = {
+    asked: dict[str, object] = {
         "name": name,
         "tuning": tuning,
         "pipeline": type(model.pipeline).__name__,
