@@ -95,7 +95,7 @@ def problems_here(job: TempFlowGRPOJob) -> list[Problem]:
             Problem("spec.runPolicy.suspend", "got true: a suspended job does not run; remove it")
         )
     prompts = spec.data.prompts_file
-    if prompts and "://" not in prompts and not Path(prompts).is_file():
+    if prompts and "://" not in prompts and not Path(prompts).exists():
         problems.append(
             Problem(
                 "spec.data.promptsFile",
