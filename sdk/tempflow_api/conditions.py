@@ -43,6 +43,7 @@ class Reason(StrEnum):
     PERMANENT_FAILURE = "PermanentFailure"
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    CANCELLED = "Cancelled"
 
 
 CONDITION_MEANINGS: dict[ConditionType, str] = {
@@ -81,6 +82,7 @@ REASON_MEANINGS: dict[Reason, str] = {
     "would end the same way.",
     Reason.RESTARTS_EXHAUSTED: "The attempt failed and `runPolicy.maxRestarts` are used up.",
     Reason.DEADLINE_EXCEEDED: "The job was active for `runPolicy.activeDeadlineSeconds`.",
+    Reason.CANCELLED: "`runPolicy.cancel` is true.",
 }
 
 

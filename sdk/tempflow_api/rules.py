@@ -4,6 +4,7 @@ A test runs both over the same table of manifests. ``path`` names the field at w
 shown; CEL expressions see the block named by ``scope`` as ``self``.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,6 +65,16 @@ RULES: tuple[Rule, ...] = (
         "has(self.data.prompts) != has(self.data.promptsFile)",
         "exactly one of prompts and promptsFile is given",
         lambda spec: (spec.data.prompts is not None) != (spec.data.prompts_file is not None),
+    ),
+    Rule(
+        "spec.data.promptsConfigMap",
+        "!has(self.data.promptsConfigMap) || (has(self.data.promptsFile) && "
+        "self.data.promptsFile.matches('^[-._a-zA-Z0-9]+$'))",
+        "promptsFile is then a key of that ConfigMap, for instance prompts.txt",
+        lambda spec: (
+            spec.data.prompts_config_map is None
+            or re.fullmatch("[-._a-zA-Z0-9]+", spec.data.prompts_file or "") is not None
+        ),
     ),
     Rule(
         "spec.sampling.width",

@@ -79,6 +79,9 @@ class Data(Section):
     prompts_file: Uri | None = None
     """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), or JSON
     lines (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata."""
+    prompts_config_map: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """On a cluster, a ConfigMap in the job's namespace whose key ``promptsFile`` is the file;
+    ``tempflow submit`` makes it of a local file."""
     shuffle: bool = True
     """Draw the prompts of each pass in a new random order; else in the order of the file."""
 
@@ -252,6 +255,9 @@ class RunPolicy(Section):
 
     suspend: bool = False
     """Stop after a checkpoint and hold no resources until it is false again."""
+    cancel: bool = False
+    """Stop after a checkpoint and end the job as failed, for good; its records and checkpoints
+    stay. Setting it to false again does not bring the job back."""
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
     """Attempts after the first that failures may use; a disruption by the cluster uses none."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None

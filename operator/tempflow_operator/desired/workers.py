@@ -4,7 +4,7 @@ from tempflow_api import naming
 from tempflow_api.errors import ASKED_TO_STOP, PERMANENT
 from tempflow_api.v1alpha1 import Compute
 from tempflow_operator.desired.attempt import AttemptOf, Manifest
-from tempflow_operator.desired.config import JOB_FILE
+from tempflow_operator.desired.config import JOB_FILE, PROMPTS_DIR
 from tempflow_operator.desired.quantities import total_bytes
 from tempflow_operator.settings import Pods
 
@@ -136,6 +136,9 @@ def _container(attempt: AttemptOf, settings: Pods) -> Manifest:
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - likewise
         ],
     }
+    if attempt.spec.data.prompts_config_map is not None:
+        prompts = {"name": "prompts", "mountPath": PROMPTS_DIR, "readOnly": True}
+        container["volumeMounts"].append(prompts)
     if compute.secret_name is not None:
         # Only the name: the kubelet reads the Secret, the operator may not.
         container["envFrom"] = [{"secretRef": {"name": compute.secret_name}}]
@@ -179,8 +182,10 @@ def _resources(compute: Compute) -> Manifest:
 
 
 def _volumes(attempt: AttemptOf) -> list[Manifest]:
+    prompts = attempt.spec.data.prompts_config_map
     return [
         {"name": "job", "configMap": {"name": attempt.name}},
+        *([{"name": "prompts", "configMap": {"name": prompts}}] if prompts else []),
         {"name": "work", "emptyDir": {}},
         {"name": "home", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},
