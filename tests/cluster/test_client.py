@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,7 +120,7 @@ def with_prompts(folder: Path, name: str, text: str) -> tempflow.Manifest:
     return tempflow.read(str(folder / "job.yaml"), settings)
 
 
-def config_maps(client: Client, job: str) -> list[dict[str, object]]:
+def config_maps(client: Client, job: str) -> list[dict[str, Any]]:
     answer = client.connection.send(
         "GET",
         "/api/v1/namespaces/default/configmaps",

@@ -196,15 +196,17 @@ def connect(
         load_incluster_config(settings)  # type: ignore[no-untyped-call]  # no types
         own = _POD_NAMESPACE.read_text().strip() if _POD_NAMESPACE.exists() else "default"
         return Connection(settings, namespace or own, settings.host)
+    # Not left to the client, which looks at the environment once, when it is imported.
+    file = str(Path(kubeconfig).expanduser()) if kubeconfig else _default_kubeconfig()
     try:
-        contexts, current = list_kube_config_contexts(kubeconfig)  # type: ignore[no-untyped-call]
+        contexts, current = list_kube_config_contexts(file)  # type: ignore[no-untyped-call]
         chosen = _context(contexts, current, context)
         with _login_complaints() as complaints:
             load_kube_config(  # type: ignore[no-untyped-call]
-                kubeconfig, chosen["name"], client_configuration=settings, persist_config=False
+                file, chosen["name"], client_configuration=settings, persist_config=False
             )
     except ConfigException as error:
-        raise _no_configuration(error, kubeconfig) from error
+        raise _no_configuration(error, file) from error
     except OSError as error:
         raise Unreachable(f"cannot read the kubeconfig: {error}") from error
     if complaints:
@@ -248,11 +250,15 @@ def _context(contexts: Sequence[Raw], current: Raw | None, wanted: str | None) -
     raise ConfigException(f"there is no context {wanted!r}; there are: {names}")
 
 
-def _no_configuration(error: Exception, kubeconfig: str | None) -> Unreachable:
-    where = kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config"
+def _default_kubeconfig() -> str:
+    return os.environ.get("KUBECONFIG") or str(Path.home() / ".kube/config")
+
+
+def _no_configuration(error: Exception, file: str) -> Unreachable:
+    why = str(error).splitlines()[0].rstrip(".")
     return Unreachable(
-        f"no usable cluster configuration in {where}: {str(error).splitlines()[0]}. Set KUBECONFIG "
-        "to a kubeconfig, or name one with --kubeconfig"
+        f"no usable cluster configuration in {file}: {why}. Set KUBECONFIG to a kubeconfig, or "
+        "name one with --kubeconfig"
     )
 
 

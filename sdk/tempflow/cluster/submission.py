@@ -51,12 +51,13 @@ class Submission:
     job: TempFlowGRPOJob
     prompts: Prompts | None
 
-    def body(self, namespace: str) -> Raw:
+    def body(self, namespace: str | None) -> Raw:
         """Only what was written: the API server has the defaults, maybe newer ones."""
         raw: Raw = self.job.model_dump(
             mode="json", by_alias=True, exclude_unset=True, exclude={"status"}
         )
-        raw["metadata"]["namespace"] = namespace
+        if namespace is not None:
+            raw["metadata"]["namespace"] = namespace
         return raw
 
 

@@ -1,0 +1,29 @@
+"""``tempflow completion``: the script that lets a shell complete."""
+
+import os
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def completion(
+    shell: Annotated[
+        Literal["bash", "zsh", "fish", "powershell"], typer.Argument(help="Which shell.")
+    ],
+) -> None:
+    """Print the script that completes verbs and options.
+
+    \b
+    Examples:
+      tempflow completion bash > ~/.local/share/bash-completion/completions/tempflow
+      tempflow completion zsh > ~/.zfunc/_tempflow
+      tempflow completion fish > ~/.config/fish/completions/tempflow.fish
+    """
+    from tempflow import cli
+
+    # How a shell itself asks for the script.
+    os.environ["_TEMPFLOW_COMPLETE"] = f"source_{shell}"
+    cli.app(prog_name="tempflow", args=[])
