@@ -73,30 +73,45 @@ def add_pod(
     """A running pod of the job; its name and its log."""
     name = f"{job}-a{attempt}-{rank}-abcde"
     log = kubelet.logs[name] = Log()
-    api.create(
-        {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {
-                "name": name,
-                "namespace": "default",
-                "labels": {
-                    naming.LABEL_JOB_UID: uid,
-                    naming.LABEL_JOB_NAME: job,
-                    naming.LABEL_ATTEMPT: str(attempt),
-                    "batch.kubernetes.io/job-completion-index": str(rank),
-                },
-            },
-            "spec": {
-                "nodeName": "node-1",
-                "restartPolicy": "Never",
-                "automountServiceAccountToken": False,
-                "containers": [{"name": "trainer", "image": "localhost/none"}],
-            },
-            "status": pod_status("Running", {"running": {"startedAt": WHEN}}),
-        }
-    )
+    api.create(pod_of(job, uid, rank=rank, attempt=attempt))
     return name, log
+
+
+RUNNING_POD: JsonObject = {"running": {"startedAt": WHEN}}
+
+
+def pod_of(
+    job: str,
+    uid: str,
+    *,
+    rank: int = 0,
+    attempt: int = 1,
+    node: str = "node-1",
+    state: JsonObject = RUNNING_POD,
+    phase: str = "Running",
+) -> JsonObject:
+    """As the Job controller and a kubelet would have made it."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": f"{job}-a{attempt}-{rank}-abcde",
+            "namespace": "default",
+            "labels": {
+                naming.LABEL_JOB_UID: uid,
+                naming.LABEL_JOB_NAME: job,
+                naming.LABEL_ATTEMPT: str(attempt),
+                "batch.kubernetes.io/job-completion-index": str(rank),
+            },
+        },
+        "spec": {
+            "nodeName": node,
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "containers": [{"name": "trainer", "image": "localhost/none"}],
+        },
+        "status": pod_status(phase, state),
+    }
 
 
 def pod_status(phase: str, state: JsonObject) -> JsonObject:

@@ -12,6 +12,7 @@ from tests.cluster import build, project_images, target
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.cluster import down, ensure_up
 from tests.cluster.layout import DEFAULT_STATE, StateFolder
+from tests.cluster.project_images import ProjectImages
 from tests.cluster.s3 import S3Server
 from tests.cluster.scenario import Release
 from tests.cluster.target import KUBECONFIG_VARIABLE, Target
@@ -80,17 +81,23 @@ def s3(cluster: Target, say: Say) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def release(cluster: Target, say: Say) -> Iterator[Release]:
-    """The chart, installed with images built from this working copy."""
+def images(cluster: Target, say: Say) -> ProjectImages:
+    """Built from this working copy, and on the nodes."""
     ours = cluster.our_own()
     images = project_images.build(say)
     project_images.bring_in(ours, images.operator, say)
     project_images.bring_in(ours, images.trainer, say)
+    return images
+
+
+@pytest.fixture(scope="session")
+def release(cluster: Target, images: ProjectImages, say: Say) -> Iterator[Release]:
+    """The chart, installed with images built from this working copy."""
     release = Release(cluster)
     release.install(images)
     say("chart installed")
     yield release
-    release.save_logs(ours.state.logs)
+    release.save_logs(cluster.our_own().state.logs)
     release.uninstall()
 
 
