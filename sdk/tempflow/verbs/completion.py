@@ -10,6 +10,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 @app.command()
 def completion(
+    context: typer.Context,
     shell: Annotated[
         Literal["bash", "zsh", "fish", "powershell"], typer.Argument(help="Which shell.")
     ],
@@ -22,8 +23,6 @@ def completion(
       tempflow completion zsh > ~/.zfunc/_tempflow
       tempflow completion fish > ~/.config/fish/completions/tempflow.fish
     """
-    from tempflow import cli
-
     # How a shell itself asks for the script.
     os.environ["_TEMPFLOW_COMPLETE"] = f"source_{shell}"
-    cli.app(prog_name="tempflow", args=[])
+    context.find_root().command.main(args=[], prog_name="tempflow")
