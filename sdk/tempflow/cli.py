@@ -9,10 +9,12 @@ from tempflow.verbs import (
     completion,
     diff,
     doctor,
+    explain,
     init,
     jobs,
     logs,
     pull,
+    report,
     run,
     sample,
     steering,
@@ -58,6 +60,7 @@ app = typer.Typer(
 # In the order in which the help shows them.
 app.add_typer(init.app)
 app.add_typer(validate.app)
+app.add_typer(explain.app)
 app.add_typer(run.app)
 app.add_typer(submit.app)
 app.add_typer(diff.app)
@@ -67,6 +70,7 @@ app.add_typer(steering.app)
 app.add_typer(sample.app)
 app.add_typer(checkpoints.app)
 app.add_typer(pull.app)
+app.add_typer(report.app)
 app.add_typer(doctor.app)
 app.add_typer(completion.app)
 app.add_typer(version.app)

@@ -46,9 +46,9 @@ class Experience:
         return replace(self, **tensors)
 
     def micro_batches(self, rows_per_call: int) -> Iterator["Experience"]:
-        """All rows in order, at most ``rows_per_call`` at a time."""
-        for index_B in torch.arange(len(self)).split(rows_per_call):
-            yield self.rows(index_B)
+        """All rows in order, at most ``rows_per_call`` at a time; none if there are none."""
+        for start in range(0, len(self), rows_per_call):
+            yield self.rows(torch.arange(start, min(start + rows_per_call, len(self))))
 
 
 def of_rollouts(
@@ -70,6 +70,10 @@ def of_rollouts(
         weight_B=weights_S.repeat(groups),
         branch_B=torch.arange(steps).repeat(groups),
     )
+
+
+LOSS_SUMS = ("policy", "kl", "clipped", "drift")
+"""What ``Objective.loss_sums`` gives, also for a rank that has no rows."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Sums over the rows of ``policy`` (mean over draws) and ``kl``, with gradient, and of
         ``clipped`` and ``drift``, the share of clipped draws and mean |ratio - 1|, without."""
+        # The reference first: nothing may run between a forward and its backward where weights are
+        # gathered for both.
+        reference_BCHW = None
+        if self.kl_coefficient > 0:
+            with torch.no_grad(), tuning.reference(policy) as reference:
+                reference_BCHW = self.means(batch, reference, conditioning, purpose="reference")
         mean_BCHW = self.means(batch, policy, conditioning, purpose="training")
         log_prob_BK = self.log_probs_BK(batch, mean_BCHW)
         old_BK = batch.old_log_prob_BK
@@ -122,9 +132,7 @@ class Objective:
             clip_range=self.clip_range,
         )
         kl_sum = torch.zeros((), device=log_prob_BK.device)
-        if self.kl_coefficient > 0:
-            with torch.no_grad(), tuning.reference(policy) as reference:
-                reference_BCHW = self.means(batch, reference, conditioning, purpose="reference")
+        if reference_BCHW is not None:
             kl_sum = loss.kl_B(mean_BCHW, reference_BCHW, batch.noise_std_B).sum()
         new_BK = log_prob_BK.detach()
         return {
@@ -150,4 +158,5 @@ class Objective:
             ).cpu()
             for batch in experience.micro_batches(rows_per_call)
         ]
-        return replace(experience, old_log_prob_BK=torch.cat(old))
+        none = experience.advantages_BK[:0]
+        return replace(experience, old_log_prob_BK=torch.cat(old or [none]))

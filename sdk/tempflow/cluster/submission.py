@@ -104,6 +104,12 @@ def _as_written(manifest: Manifest, resolved: str) -> str:
 
 def _read_prompts(path: Path, job_name: str) -> Prompts | Problem:
     field = "spec.data.promptsFile"
+    if path.is_dir():
+        return Problem(
+            field,
+            f"{path} is a folder, which cannot go along: copy it to the store and write its "
+            "s3:// address",
+        )
     try:
         content = path.read_bytes()
         text = content.decode()

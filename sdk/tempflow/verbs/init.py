@@ -28,7 +28,7 @@ def init(
       tempflow init --preset digits
       tempflow init --preset sd35m-pickscore -o job.yaml
     """
-    from tempflow import presets
+    from tempflow import new_file, presets
 
     if show:
         for line in presets.listing():
@@ -41,5 +41,5 @@ def init(
     if target == "-":
         typer.echo(chosen.text, nl=False)
         return
-    presets.write(chosen, Path(target), overwrite=force)
+    new_file.write(Path(target), chosen.text, option="-o", overwrite=force)
     typer.echo(f"wrote {target}; next: tempflow validate {target}, then tempflow run {target}")
