@@ -112,7 +112,9 @@ def research(tempflow: Laptop, say: Say) -> None:
     tempflow("pull", "job/digits", "--to", "result", *in_team)
     tempflow("sample", "result", "--prompt", "a three", "--count", "2", "--out", "three.png")
     assert (tempflow.folder / "three.png").read_bytes().startswith(b"\x89PNG")
-    say("pulled and drawn")
+    tempflow("report", "job/digits", "--out", "digits.html", *in_team)
+    assert "digit-ink" in (tempflow.folder / "digits.html").read_text()
+    say("pulled, drawn and told")
     assert tempflow("delete", "digits", "--timeout", "2m", *in_team) == "digits: deleted\n"
     assert tempflow("list", "-o", "name", *in_team) == ""
 

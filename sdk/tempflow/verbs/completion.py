@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 app = typer.Typer(rich_markup_mode=None)
+_ASKS = "_TEMPFLOW_COMPLETE"
 
 
 @app.command()
@@ -24,5 +25,8 @@ def completion(
       tempflow completion fish > ~/.config/fish/completions/tempflow.fish
     """
     # How a shell itself asks for the script.
-    os.environ["_TEMPFLOW_COMPLETE"] = f"source_{shell}"
-    context.find_root().command.main(args=[], prog_name="tempflow")
+    os.environ[_ASKS] = f"source_{shell}"
+    try:
+        context.find_root().command.main(args=[], prog_name="tempflow")
+    finally:
+        del os.environ[_ASKS]

@@ -416,29 +416,6 @@ class TestTime:
         assert story.reason(ConditionType.FAILED) == Reason.DEADLINE_EXCEEDED
         assert story.status.active_seconds == 150
 
-    def test_cancel_stops_the_pods_and_is_the_end(self) -> None:
-        story = started()
-        story.job.spec("runPolicy.cancel", True)
-        running = (make_gang().started(), make_pod().running())
-        assert Delete("Job", "demo-a1", "gang-1") in story.look(*running, parts=(1,), seconds=5)
-        assert story.reason(ConditionType.FAILED) == Reason.CANCELLED
-        assert not is_true(story.status.conditions, ConditionType.FINISHED)
-        story.job.spec("runPolicy.cancel", False)
-        assert story.look(seconds=9) == []
-        assert is_true(story.status.conditions, ConditionType.FINISHED)
-        assert story.status.attempts[-1].outcome == "Cancelled"
-
-    def test_cancel_of_a_suspended_job(self) -> None:
-        story = Story(make_job().suspended().spec("runPolicy.cancel", True))
-        assert story.look() == []
-        assert story.reason(ConditionType.FAILED) == Reason.CANCELLED
-
-    def test_what_completes_in_the_moment_of_a_cancel_has_completed(self) -> None:
-        story = started()
-        story.job.spec("runPolicy.cancel", True)
-        story.look(make_gang().started().complete(5), seconds=6)
-        assert story.status.phase == "Succeeded"
-
     def test_a_finished_job_lives_for_its_ttl(self) -> None:
         story = started(make_job().spec("runPolicy.ttlSecondsAfterFinished", 60))
         gang = make_gang().started().complete(100)
