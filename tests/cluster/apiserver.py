@@ -57,6 +57,13 @@ class ApiServer:
     def kubectl(self) -> Kubectl:
         return Kubectl(self.kubectl_binary, self.kubeconfig("admin"))
 
+    @property
+    def authority(self) -> Path:
+        return self._pki.ca
+
+    def token(self, user: str) -> str:
+        return self._tokens[user]
+
     def kubeconfig(self, user: str, *, token: str | None = None, **cluster: object) -> Path:
         """Of ``admin``, who may do everything, or ``nobody``, or of a token that is given."""
         path = self.state.config / f"{user}-{secrets.token_hex(4)}.kubeconfig"
