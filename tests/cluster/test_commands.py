@@ -96,6 +96,16 @@ class TestSubmit:
         assert done.code == ExitCode.INVALID
         assert shell("status", "many").code == ExitCode.NOT_FOUND
 
+    def test_those_before_one_that_is_refused_are_told(self, shell: Shell, client: Client) -> None:
+        client.submit(digits("b-taken"))
+        for name in ("a-free", "b-taken"):
+            text = Path(EXAMPLE).read_text().replace("name: digits", f"name: {name}", 1)
+            Path(f"{name}.yaml").write_text(text)
+        done = shell("submit", "a-free.yaml", "b-taken.yaml", *STORE)
+        assert done.code == ExitCode.CONFLICT
+        assert done.out == "default/a-free: submitted; next: tempflow status a-free\n"
+        assert "job default/b-taken exists already" in done.err
+
     def test_a_local_store_is_refused_at_its_line(self, shell: Shell) -> None:
         done = shell("submit", EXAMPLE, "--set", "spec.checkpoint.uri=runs")
         assert done.code == ExitCode.INVALID
@@ -255,6 +265,27 @@ def in_terminal(api: ApiServer, words: tuple[str, ...], *, then: Callable[[], No
     assert process.wait(10) == 0
     os.close(ours)
     return shown.decode()
+
+
+class TestCompletion:
+    def test_names_of_jobs(
+        self, shell: Shell, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client.submit(digits("complete-me"))
+        monkeypatch.setenv("_TEMPFLOW_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", "tempflow status complete-")
+        monkeypatch.setenv("COMP_CWORD", "2")
+        assert shell().out.split() == ["complete-me"]
+
+    def test_without_a_cluster_there_is_nothing_to_offer(
+        self, shell: Shell, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KUBECONFIG", "none")
+        monkeypatch.setenv("_TEMPFLOW_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", "tempflow status x")
+        monkeypatch.setenv("COMP_CWORD", "2")
+        done = shell()
+        assert (done.out.strip(), done.err) == ("", "")
 
 
 class TestSteering:

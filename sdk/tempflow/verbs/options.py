@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tempflow_api.errors import ExitCode
+from tempflow_api.errors import ExitCode, TempFlowError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +33,25 @@ EndpointUrl = Annotated[
     str | None,
     typer.Option("--endpoint-url", metavar="URL", help="Address of a store other than Amazon's."),
 ]
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="Its name.")]
-JobNames = Annotated[list[str], typer.Argument(metavar="JOB...", help="Names.")]
+
+
+def names_of_jobs(context: typer.Context, incomplete: str) -> list[str]:
+    """For a shell that completes; where the cluster does not answer, there is nothing to offer."""
+    given = context.params
+    try:
+        with client(given.get("kubeconfig"), given.get("context"), given.get("namespace")) as jobs:
+            names = [job.name for job in jobs.list()]
+    except TempFlowError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+JobName = Annotated[
+    str, typer.Argument(metavar="JOB", help="Its name.", autocompletion=names_of_jobs)
+]
+JobNames = Annotated[
+    list[str], typer.Argument(metavar="JOB...", help="Names.", autocompletion=names_of_jobs)
+]
 Namespace = Annotated[
     str | None,
     typer.Option("--namespace", "-n", metavar="NAME", help="Default: that of the context."),

@@ -86,11 +86,12 @@ def submit(
         _print_bodies([s.body(namespace or s.job.metadata.namespace) for s in submissions], output)
         return
     with client(kubeconfig, context, namespace) as cluster:
-        jobs = [
-            cluster.submit(one, namespace=namespace, dry_run=dry_run == "server")
-            for one in manifests
-        ]
-        _tell(jobs, output, dry_run=dry_run is not None)
+        jobs: list[Job] = []
+        try:
+            for one in manifests:
+                jobs.append(cluster.submit(one, namespace=namespace, dry_run=dry_run == "server"))
+        finally:  # also of those before one that was refused
+            _tell(jobs, output, several=len(manifests) > 1, dry_run=dry_run is not None)
         for job in jobs if wait or follow else ():
             with jobs_go_on(job.name):
                 _see_through(cluster, job, follow=follow, limit=limit, text=output == "text")
@@ -109,11 +110,12 @@ def _print_bodies(bodies: "list[dict[str, object]]", output: str) -> None:
         typer.echo(yaml.safe_dump_all(bodies, sort_keys=False, allow_unicode=True), nl=False)
 
 
-def _tell(jobs: "list[Job]", output: str, *, dry_run: bool) -> None:
+def _tell(jobs: "list[Job]", output: str, *, several: bool, dry_run: bool) -> None:
     from tempflow.cluster import showing
 
     if output != "text":
-        typer.echo(showing.objects(output, jobs, several=len(jobs) > 1))
+        if jobs:
+            typer.echo(showing.objects(output, jobs, several=several))
         return
     for job in jobs:
         done = "would be accepted" if dry_run else f"submitted; next: tempflow status {job.name}"
