@@ -253,7 +253,8 @@ class Follower:
     @property
     def idle(self) -> bool:
         """Every pod's log has ended and been handed out."""
-        return self._queue.empty() and not any(t.is_alive() for t in self._threads.values())
+        # In this order: a thread puts its last line before it ends.
+        return not any(t.is_alive() for t in self._threads.values()) and self._queue.empty()
 
     def next(self, timeout: float) -> tuple[Moment, LogLine] | None:
         """The next line in the order of arrival; None when there is none for ``timeout``."""
