@@ -1,6 +1,6 @@
 """The doctor on a real API server: one fault each, and what it says to do."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,15 @@ def test_a_sound_cluster(healthy: ApiServer) -> None:
     assert found["storage"].state == "unknown"
 
 
-Breaking = Callable[[ApiServer], JsonObject]
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
+
+
+def stored_nowhere(name: str, **fields: object) -> Manifest:
+    """Whose store refuses the connection."""
+    return digits(name, **{"spec.checkpoint.endpointUrl": "http://127.0.0.1:9", **fields})
 
 
 @contextmanager
@@ -131,7 +139,8 @@ def test_no_gpus(healthy: ApiServer) -> None:
 
 
 def test_a_job_that_wants_more_gpus_than_a_node_has(healthy: ApiServer) -> None:
-    wide = digits("wide", **{"spec.compute.device": "cuda", "spec.compute.processesPerNode": 8})
+    needs = {"spec.compute.device": "cuda", "spec.compute.processesPerNode": 8}
+    wide = stored_nowhere("wide", **needs)
     found = findings(healthy, job=wide)
     assert "gpus" in faults(found)
     assert found["gpus"].found == "a pod needs 8 GPUs, and no node has more than 4"
@@ -151,11 +160,8 @@ def test_rights(healthy: ApiServer) -> None:
     assert {found[name].state for name in hidden} == {"unknown"}
 
 
-def test_a_store_that_is_not_there(healthy: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
-    lost = digits("lost", **{"spec.checkpoint.endpointUrl": "http://127.0.0.1:9"})
-    found = findings(healthy, job=lost)
+def test_a_store_that_is_not_there(healthy: ApiServer) -> None:
+    found = findings(healthy, job=stored_nowhere("lost"))
     assert faults(found) == ["storage"]
     assert "spec.compute.secretName" in found["storage"].remedy
 
@@ -182,7 +188,7 @@ def test_an_image_that_was_pulled(healthy: ApiServer) -> None:
 
 
 def test_a_queue_without_kueue(healthy: ApiServer) -> None:
-    named = digits("queued")
+    named = stored_nowhere("queued")
     labels = {"kueue.x-k8s.io/queue-name": "gold"}
     meta = named.job.metadata.model_copy(update={"labels": labels})
     job = Manifest(named.job.model_copy(update={"metadata": meta}), "job")
@@ -194,7 +200,9 @@ def test_a_queue_without_kueue(healthy: ApiServer) -> None:
 def test_an_older_definition(healthy: ApiServer) -> None:
     """Last, for it takes a moment until the server tells of another schema."""
     name = f"{naming.PLURAL}.{naming.GROUP}"
-    field = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/tracking"
+    field = (
+        "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/data/properties/shuffle"
+    )
     path = Path(__file__).parents[2] / "charts/tempflow/files/crd.yaml"
     healthy.kubectl.run(
         *("patch", "crd", name, "--type=json", "-p", f'[{{"op": "remove", "path": "{field}"}}]')
@@ -206,7 +214,7 @@ def test_an_older_definition(healthy: ApiServer) -> None:
             deadline_seconds=30,
         )
         found = findings(healthy)["resource definition"]
-        assert "spec.tracking" in found.found
+        assert "spec.data.shuffle" in found.found
         assert "crds.enabled" in found.remedy
     finally:
         healthy.kubectl.run("apply", "-f", str(path))

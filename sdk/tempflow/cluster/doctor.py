@@ -219,7 +219,7 @@ def _age_seconds(raw: Raw, now: datetime) -> float:
 
 def _gpus(connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
     nodes, _ = every(connection, "/api/v1/nodes", {}, what="nodes")
-    usable = [n for n in nodes if not n["spec"].get("unschedulable")]
+    usable = [n for n in nodes if not n.get("spec", {}).get("unschedulable")]
     counts = [int(n.get("status", {}).get("allocatable", {}).get(_GPU, "0")) for n in usable]
     found = f"{sum(counts)} GPUs on {len(usable)} schedulable nodes"
     wanted = job.spec.compute if job is not None else None
