@@ -230,7 +230,9 @@ class TestLooking:
         assert "3/10" in shown
         assert "reward" in shown
         assert "━" in shown
-        assert "Succeeded (Completed" in shown
+        assert (
+            "live: Succeeded, epoch 3/10, reward 0.25 (Completed: all epochs are trained)" in shown
+        )
 
     def test_describe(self, shell: Shell, client: Client, api: ApiServer) -> None:
         client.submit(digits("whole"))

@@ -5,7 +5,7 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,10 @@ from tests.cluster.layout import LOOPBACK
 pytestmark = pytest.mark.cluster
 
 
-def edited(path: Path, user: dict[str, object], **context: object) -> str:
+def edited(path: Path, user: Mapping[str, object], **context: object) -> str:
     """The kubeconfig with another user and context."""
     raw = yaml.safe_load(path.read_text())
-    raw["users"][0]["user"] = user
+    raw["users"][0]["user"] = dict(user)
     raw["contexts"][0]["context"].update(context)
     path.write_text(yaml.safe_dump(raw))
     return str(path)
