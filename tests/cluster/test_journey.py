@@ -101,7 +101,8 @@ def research(tempflow: Laptop, say: Say) -> None:
     # What was read while it was written is what there is to read.
     kept = tempflow("logs", "digits", *in_team)
     assert sorted(followed.splitlines()) == sorted(kept.splitlines())
-    assert {line.split()[0] for line in followed.splitlines()} == {"[1/0]", "[1/1]"}
+    # With several pods each line says whose it is; one that has nothing to say is not there.
+    assert "[1/0]" in {line.split()[0] for line in followed.splitlines()} <= {"[1/0]", "[1/1]"}
     watched, _ = watching.communicate(timeout=30)
     assert watched.splitlines()[-1].startswith("digits: Succeeded, epoch 6/6")
     (row,) = tempflow("list", *in_team).splitlines()[1:]
