@@ -188,10 +188,7 @@ def test_an_image_that_was_pulled(healthy: ApiServer) -> None:
 
 
 def test_a_queue_without_kueue(healthy: ApiServer) -> None:
-    named = stored_nowhere("queued")
-    labels = {"kueue.x-k8s.io/queue-name": "gold"}
-    meta = named.job.metadata.model_copy(update={"labels": labels})
-    job = Manifest(named.job.model_copy(update={"metadata": meta}), "job")
+    job = stored_nowhere("queued", **{"spec.runPolicy.queue": "gold"})
     found = findings(healthy, job=job)
     assert found["queue"].state == "fault"
     assert "Kueue is not installed" in found["queue"].found

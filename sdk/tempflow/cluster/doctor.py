@@ -24,7 +24,6 @@ OLDEST_KUBERNETES = (1, 31)
 # An operator sees a new job within seconds.
 _UNSEEN_SECONDS = 60.0
 _GPU = "nvidia.com/gpu"
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _KUEUE = "kueue.x-k8s.io"
 _OPERATOR = "app.kubernetes.io/name=tempflow,app.kubernetes.io/component=operator"
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
@@ -241,11 +240,11 @@ def _gpus(connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
 def _queue(connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
     groups = connection.send("GET", "/apis", what="API groups")["groups"]
     kueue = next((group for group in groups if group["name"] == _KUEUE), None)
-    wanted = job.metadata.labels.get(_QUEUE_LABEL) if job is not None else None
+    wanted = job.spec.run_policy.queue if job is not None else None
     if kueue is None:
         if wanted:
             found = f"the job names the queue {wanted}, and Kueue is not installed"
-            return Finding("queue", "fault", found, f"remove the label {_QUEUE_LABEL}")
+            return Finding("queue", "fault", found, "remove spec.runPolicy.queue")
         return Finding("queue", "ok", "no Kueue; jobs start at once")
     version = kueue["preferredVersion"]["version"]
     path = f"/apis/{_KUEUE}/{version}/namespaces/{connection.namespace}/localqueues"
@@ -254,7 +253,7 @@ def _queue(connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
     where = f"namespace {connection.namespace}"
     if wanted and wanted not in names:
         found = f"the job names the queue {wanted}; {where} has {', '.join(names) or 'none'}"
-        return Finding("queue", "fault", found, f"name one of these in the label {_QUEUE_LABEL}")
+        return Finding("queue", "fault", found, "name one of these in spec.runPolicy.queue")
     if not names:
         remedy = "have a LocalQueue created, or jobs that name one will wait for ever"
         return Finding("queue", "warning", f"Kueue is there, and {where} has no LocalQueue", remedy)

@@ -3,7 +3,7 @@
 from tempflow_api.conditions import ConditionType, Reason, is_true
 from tempflow_operator.decisions.plan import Delete
 from tests.builders import make_gang, make_job, make_pod
-from tests.unit.operator.decisions.test_passes import Story, started
+from tests.unit.operator.decisions.stories import Story, started
 
 
 def test_cancel_stops_the_pods_and_is_the_end() -> None:
