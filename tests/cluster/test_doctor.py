@@ -143,7 +143,7 @@ def test_a_job_that_wants_more_gpus_than_a_node_has(healthy: ApiServer) -> None:
     wide = stored_nowhere("wide", **needs)
     found = findings(healthy, job=wide)
     assert "gpus" in faults(found)
-    assert found["gpus"].found == "a pod needs 8 GPUs, and no node has more than 4"
+    assert found["gpus"].found == "a pod needs 8 nvidia.com/gpu, and no node has more than 4"
 
 
 def test_no_dns(healthy: ApiServer) -> None:

@@ -16,7 +16,7 @@ from tempflow.cluster.watching import every
 from tempflow_api import naming
 from tempflow_api.crd import spec_schema
 from tempflow_api.errors import StoreUnavailable
-from tempflow_api.v1alpha1 import TempFlowGRPOJob
+from tempflow_api.v1alpha1 import Compute, TempFlowGRPOJob
 
 State = Literal["ok", "warning", "fault", "unknown"]
 
@@ -219,22 +219,26 @@ def _age_seconds(raw: Raw, now: datetime) -> float:
 def _gpus(connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
     nodes, _ = every(connection, "/api/v1/nodes", {}, what="nodes")
     usable = [n for n in nodes if not n.get("spec", {}).get("unschedulable")]
-    counts = [int(n.get("status", {}).get("allocatable", {}).get(_GPU, "0")) for n in usable]
-    found = f"{sum(counts)} GPUs on {len(usable)} schedulable nodes"
-    wanted = job.spec.compute if job is not None else None
-    if (
-        wanted is not None
-        and wanted.device == "cuda"
-        and wanted.processes_per_node > max(counts, default=0)
-    ):
-        remedy = "lower spec.compute.processesPerNode, or add nodes with as many GPUs"
-        most = max(counts, default=0)
-        found = f"a pod needs {wanted.processes_per_node} GPUs, and no node has more than {most}"
+    compute = job.spec.compute if job is not None else None
+    resource = compute.gpu_resource if compute is not None else _GPU
+    counts = [int(n.get("status", {}).get("allocatable", {}).get(resource, "0")) for n in usable]
+    found = f"{sum(counts)} {resource} on {len(usable)} schedulable nodes"
+    needed, most = _gpus_a_pod(compute) if compute is not None else 0, max(counts, default=0)
+    if needed > most:
+        remedy = "lower spec.compute.processesPerNode, or add nodes with as many"
+        found = f"a pod needs {needed} {resource}, and no node has more than {most}"
         return Finding("gpus", "fault", found, remedy)
     if not sum(counts):
-        remedy = f"only jobs with device cpu can run; for {_GPU}, install the device plugin"
+        remedy = f"only jobs with device cpu can run; for {resource}, install the device plugin"
         return Finding("gpus", "warning", found, remedy)
     return Finding("gpus", "ok", found)
+
+
+def _gpus_a_pod(compute: Compute) -> int:
+    each = compute.gpus_per_process
+    if each is None:
+        each = 1 if compute.device == "cuda" else 0
+    return each * compute.processes_per_node
 
 
 def _queue(connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
