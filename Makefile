@@ -64,11 +64,13 @@ check-all:
 	$(RUN) -m tempflow_api.crd --check charts/tempflow/files/crd.yaml
 	$(RUN) -m tempflow_api.reference --check docs/reference.md
 	$(RUN) tools/chart_readme.py --check
+	$(RUN) tools/cli_docs.py --check
 
 generate: setup ## Renew generated files: the resource definition, the reference, the chart's README
 	$(RUN) -m tempflow_api.crd --write charts/tempflow/files/crd.yaml
 	$(RUN) -m tempflow_api.reference --write docs/reference.md
 	$(RUN) tools/chart_readme.py
+	$(RUN) tools/cli_docs.py
 	cp sdk/tempflow/presets/*.yaml examples/
 	$(VENV)/bin/ruff format -q $(SOURCES)
 

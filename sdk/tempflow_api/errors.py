@@ -16,6 +16,8 @@ TempFlowError
  ├─ SelfTestFailed       the model does not do what the loss takes for granted
  ├─ TrainingCollapsed    the guard was told to stop, or has rolled back often enough
  └─ Preempted            asked to stop; the state is committed
+
+The SDK's errors about a cluster are in ``tempflow.cluster.errors``.
 """
 
 from collections.abc import Sequence
@@ -24,12 +26,23 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the trainer, and ``tempflow run``, exit with. The numbers are part of the contract:
-    the operator decides by them whether a further attempt makes sense."""
+    """What the trainer and the command line exit with. The numbers are part of the contract: the
+    operator decides by the trainer's, from 80 on, whether a further attempt makes sense."""
 
     DONE = 0
     BUG = 1
     INVALID = 2
+    # Of commands that talk to a cluster.
+    JOB_FAILED = 60
+    TIMEOUT = 61
+    UNREACHABLE = 62
+    UNAUTHORIZED = 63
+    FORBIDDEN = 64
+    NOT_FOUND = 65
+    CONFLICT = 66
+    API_SERVER = 67
+    UNHEALTHY = 68
+    DIFFERENT = 69
     MODEL = 80
     REWARD = 81
     DEVICE = 82

@@ -122,6 +122,16 @@ RULES: tuple[Rule, ...] = (
         lambda spec: (spec.data.prompts is not None) != (spec.data.prompts_file is not None),
     ),
     Rule(
+        "spec.data.promptsConfigMap",
+        "!has(self.data.promptsConfigMap) || (has(self.data.promptsFile) && "
+        "self.data.promptsFile.matches('^[-._a-zA-Z0-9]+$'))",
+        "promptsFile is then a key of that ConfigMap, for instance prompts.txt",
+        lambda spec: (
+            spec.data.prompts_config_map is None
+            or re.fullmatch("[-._a-zA-Z0-9]+", spec.data.prompts_file or "") is not None
+        ),
+    ),
+    Rule(
         "spec.sampling.width",
         f"self.model.family == 'digits' || ({_DIVISIBLE})",
         "width and height are multiples of 16 for this family",

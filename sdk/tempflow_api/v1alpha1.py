@@ -86,6 +86,9 @@ class Data(Section):
     """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), JSON lines
     (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata, or the
     folder of one split of a dataset that ``datasets`` has saved to disk, with such columns."""
+    prompts_config_map: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """On a cluster, a ConfigMap in the job's namespace whose key ``promptsFile`` is the file;
+    ``tempflow submit`` makes it of a local file."""
     shuffle: bool = True
     """Draw the prompts of each pass in a new random order; else in the order of the file."""
 
@@ -391,6 +394,9 @@ class RunPolicy(Section):
 
     suspend: bool = False
     """Stop after a checkpoint and hold no resources until it is false again."""
+    cancel: bool = False
+    """Stop after a checkpoint and end the job as failed, for good; its records and checkpoints
+    stay. Setting it to false again does not bring the job back."""
     queue: (
         Annotated[
             str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")

@@ -69,6 +69,7 @@ def _position(start: str, path: str) -> int:
 _LORA = _position("belongs to tuning", "spec.model.lora")
 _BUILTIN = _position("the only built-in", "spec.model.source")
 _PROMPTS = _position("exactly one", "spec.data")
+_PROMPTS_KEY = _position("promptsFile is then", "spec.data.promptsConfigMap")
 _SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
 _FOURTEEN = _position("the digits family", "spec.sampling.width")
 _EVALUATION_SIZE = _position("width and height of an ev", "spec.evaluation.width")
@@ -108,6 +109,12 @@ BREAKERS = (
     ),
     Breaker("no prompts", _PROMPTS, {"data.prompts": None}),
     Breaker("both kinds of prompts", _PROMPTS, {"data.promptsFile": "prompts.txt"}),
+    Breaker("prompts in a ConfigMap and none named", _PROMPTS_KEY, {"data.promptsConfigMap": "p"}),
+    Breaker(
+        "a path in a ConfigMap",
+        _PROMPTS_KEY,
+        {"data.prompts": None, "data.promptsFile": "a/b.txt", "data.promptsConfigMap": "p"},
+    ),
     Breaker("odd width", _SIXTEEN, {**_SD3, "sampling.width": 500, "sampling.height": 512}),
     Breaker("odd height", _SIXTEEN, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
     Breaker("large digits", _FOURTEEN, {"sampling.width": 28, "sampling.height": 28}),
