@@ -41,7 +41,7 @@ Exit codes:
   88   the checkpoint store refuses     89   no checkpoint is intact
   90   a process died                   91   the pod is unfit to train
   92   the self-test failed             93   the guard stopped the run
-  130  Ctrl-C
+  94   checkpoints cannot be stored    130  Ctrl-C
 """
 
 app = typer.Typer(
