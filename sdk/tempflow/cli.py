@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from tempflow.verbs import checkpoints, init, pull, report, run, sample, validate, version
+from tempflow.verbs import checkpoints, init, pull, report, rewards, run, sample, validate, version
 from tempflow_api.errors import ManifestInvalid, TempFlowError
 
 _EXIT_CODES = """\b
@@ -42,6 +42,7 @@ app.add_typer(sample.app)
 app.add_typer(checkpoints.app)
 app.add_typer(pull.app)
 app.add_typer(report.app)
+app.add_typer(rewards.app)
 app.add_typer(version.app)
 
 
