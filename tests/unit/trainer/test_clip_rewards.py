@@ -1,6 +1,11 @@
 """PickScore, CLIPScore, the aesthetic score and HPSv2: tiny models of their architectures,
 loaded by the code that loads the published ones, against second derivations."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,7 @@ from tempflow_trainer.rewards.clip import Clip, ClipScore, PickScore, pictures
 from tempflow_trainer.rewards.hpsv2 import HpsV2, fit_and_pad
 from tests import tiny_scorers
 from tests.tiny_scorers import CONTEXT, IMAGE_SIZE
+from tests.unit.trainer.hub import COMMIT, Hub
 
 PLACE = Place()
 PROMPTS = ["a red dog", "a photo of a cat " * 20, "A RED  dog", "a red dog"]
@@ -243,3 +249,58 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match=r"head\.pth cannot be read"):
         pretrained.weights(str(tmp_path), "head.pth", "", PLACE)
     assert not (tmp_path / "ran").exists()
+
+
+# The client reads the address of the hub when it is imported: a process of its own.
+ASK_THE_HUB = """
+import json, sys, time
+time.sleep = lambda _seconds: None
+from tempflow_api.errors import TempFlowError
+from tempflow_api.v1alpha1 import RewardTerm
+from tempflow_trainer.rewards import registry
+for given in json.loads(sys.argv[1]):
+    try:
+        registry.build([RewardTerm(name="aesthetic", parameters=given)])
+        print("loaded")
+    except TempFlowError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_models_of_the_hub_and_what_it_refuses(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    for name in ("owner/clip", "owner/gated"):
+        shutil.copytree(folder, root / name)
+    (root / "owner/head").mkdir()
+    head = tiny_scorers.seeded(lambda: Head(24))
+    torch.save(head.state_dict(), root / "owner/head/head.pth")
+    plain = {"model": "owner/clip", "head": "owner/head", "head_file": "head.pth"}
+    cases = [
+        (plain | {"revision": COMMIT, "head_revision": "main"}, "loaded"),
+        (plain | {"model": "owner/gated"}, "its licence has to be accepted at"),
+        (plain | {"model": "owner/none"}, "there is no such model at"),
+        (plain | {"revision": "v9"}, "it has no revision 'v9': see the reward's revision"),
+        (plain | {"head_file": "tail.pth"}, "owner/head gives no tail.pth: it has no tail.pth"),
+        (plain | {"model": "owner/head"}, "owner/head cannot be loaded as CLIPModel: it has no"),
+    ]
+    hub = Hub(root, gated={"owner/gated"})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_THE_HUB, json.dumps([given for given, _ in cases])],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+            | {
+                "HF_ENDPOINT": hub.endpoint,
+                "HF_HOME": str(tmp_path / "cache"),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+        )
+    finally:
+        hub.close()
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(cases), done.stderr
+    for answer, (_, expected) in zip(answers, cases, strict=True):
+        assert expected in answer

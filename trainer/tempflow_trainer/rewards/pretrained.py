@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its client
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -34,10 +35,12 @@ def load(kind: Any, source: str, revision: str, place: Place, **options: Any) ->
     where = _locate(source, place)
     try:
         return kind.from_pretrained(where, revision=revision or None, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelUnavailable(
-            f"{source} cannot be loaded as {kind.__name__}: {_one_line(error)}"
-        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
+        lacks = f"files of a {kind.__name__}"
+        reason = (
+            _one_line(error) if Path(where).is_dir() else _of_hub(error, where, revision, lacks)
+        )
+        raise ModelUnavailable(f"{source} cannot be loaded as {kind.__name__}: {reason}") from error
 
 
 def weights(source: str, file: str, revision: str, place: Place) -> dict[str, Tensor]:
@@ -78,8 +81,9 @@ def _file(source: str, file: str, revision: str, place: Place) -> Path:
     if not folder.is_dir():
         try:
             return Path(hf_hub_download(where, file, revision=revision or None))
-        except (OSError, ValueError) as error:
-            raise ModelUnavailable(f"{source} gives no {file}: {_one_line(error)}") from error
+        except (OSError, ValueError, HTTPError) as error:
+            reason = _of_hub(error, where, revision, file)
+            raise ModelUnavailable(f"{source} gives no {file}: {reason}") from error
     if not (folder / file).is_file():
         raise ModelUnavailable(f"there is no {file} in {folder}")
     return folder / file
@@ -90,6 +94,11 @@ def _locate(source: str, place: Place) -> str:
         return models.locate(Model.model_construct(source=source), place.cache)
     except ModelUnavailable as error:
         raise ModelUnavailable(str(error).removeprefix("spec.model.source: ")) from error
+
+
+def _of_hub(error: Exception, name: str, revision: str, lacks: str) -> str:
+    field = "the reward's revision parameter"
+    return models.hub_error(error, name, revision, lacks=lacks, revision_field=field)
 
 
 def _one_line(error: Exception) -> str:
