@@ -96,6 +96,11 @@ def test_a_package_with_the_name_of_a_built_in_reward_is_refused(
 PAGE = Path(tempflow_trainer.__file__).parents[2] / "docs/rewards.md"
 
 
+def test_the_page_has_a_row_for_every_built_in_reward() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|", PAGE.read_text(), re.M)
+    assert sorted(rows) == sorted(n for n in registry.REWARDS if not n.startswith("digit-"))
+
+
 @pytest.mark.slow
 def test_the_package_of_the_documentation_is_installed_and_scores(tmp_path: Path) -> None:
     """As the page tells it, word by word: an installed package is all that a reward needs."""
