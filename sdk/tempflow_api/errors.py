@@ -10,6 +10,7 @@ TempFlowError
  ├─ CheckpointCorrupt    no complete checkpoint passed validation
  ├─ AddressInUse         a port that the run needs is taken
  ├─ TrainingDiverged     loss or gradients are not finite
+ ├─ PreflightFailed      a check before training found the pod unfit
  └─ Preempted            asked to stop; the state is committed
 """
 
@@ -36,6 +37,7 @@ class ExitCode(IntEnum):
     STORE = 88
     CHECKPOINT_CORRUPT = 89
     RANK_DIED = 90
+    PREFLIGHT = 91
     INTERRUPTED = 130
 
 
@@ -122,6 +124,10 @@ class CheckpointCorrupt(TempFlowError):
 
 class AddressInUse(TempFlowError):
     exit_code = ExitCode.ADDRESS_IN_USE
+
+
+class PreflightFailed(TempFlowError):
+    exit_code = ExitCode.PREFLIGHT
 
 
 class TrainingDiverged(TempFlowError):

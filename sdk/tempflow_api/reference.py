@@ -27,6 +27,7 @@ EXIT_MEANINGS: dict[ExitCode, str] = {
     ExitCode.STORE: "The checkpoint store is missing or refuses.",
     ExitCode.CHECKPOINT_CORRUPT: "No complete checkpoint passed its check.",
     ExitCode.RANK_DIED: "A process of the node died of a signal.",
+    ExitCode.PREFLIGHT: "A check before training found the node, the network or the store unfit.",
     ExitCode.INTERRUPTED: "Interrupted from the keyboard.",
 }
 

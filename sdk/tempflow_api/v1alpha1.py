@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tempflow_api.base import Name, Prompt, Quantity, Section, Text, Uri
+from tempflow_api.pods import ModelCache, Network, PodTemplate
 from tempflow_api.status import JobStatus
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -285,6 +286,22 @@ class Compute(Section):
     secret_name: Annotated[str, Field(max_length=253)] | None = None
     """A Secret whose keys become environment variables of the trainer: the credentials of the
     store and of the model hub."""
+    gpu_resource: Annotated[
+        str, Field(max_length=128, pattern=r"^[a-z0-9.-]+/[A-Za-z0-9_.-]+$")
+    ] = "nvidia.com/gpu"
+    """Under which name nodes offer their GPUs; a slice of one has a name of its own."""
+    gpus_per_process: Annotated[int, Field(ge=0, le=64)] | None = None
+    """GPUs requested for each process. Left out: one with ``cuda``, none with ``cpu``."""
+    extended_resources: Annotated[
+        dict[str, Annotated[int, Field(ge=1, le=1_000_000)]], Field(max_length=8)
+    ] = {}
+    """What else a pod needs of its node by number, for instance ``rdma/ib: 8`` or
+    ``vpc.amazonaws.com/efa: 4``."""
+    network: Network = Network()
+    pod_template: PodTemplate = PodTemplate()
+    preflight: bool = False
+    """Check GPUs, driver, /dev/shm, an all-reduce and the store before the model is loaded. A
+    failed check uses none of runPolicy.maxRestarts."""
 
 
 class RunPolicy(Section):
@@ -292,10 +309,25 @@ class RunPolicy(Section):
 
     suspend: bool = False
     """Stop after a checkpoint and hold no resources until it is false again."""
+    queue: (
+        Annotated[
+            str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+        ]
+        | None
+    ) = None
+    """A local queue of Kueue in the job's namespace. Each attempt is then created suspended, and
+    the queue admits it, takes it back and admits it again; time in the queue counts towards
+    nothing."""
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
     """Attempts after the first that failures may use; a disruption by the cluster uses none."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     """The job fails when it has been active for so long."""
+    pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """The job fails when the pods of an attempt, once admitted, do not all run after so long: a
+    missing image or a request that no node can meet does not get better with time."""
+    stall_timeout_seconds: Annotated[int, Field(ge=30, le=31_536_000)] | None = None
+    """An attempt whose progress has not moved for so long is ended as a failure. Longer than the
+    longest evaluation and than loading the model take; writing a checkpoint never counts."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
     """The job is deleted so long after its end. Checkpoints stay."""
     termination_grace_period_seconds: Annotated[int, Field(ge=15, le=86_400)] = 120
@@ -322,7 +354,13 @@ class JobSpec(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute
+    model_cache: ModelCache = ModelCache()
     run_policy: RunPolicy = RunPolicy()
+    managed_by: (
+        Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9.-]+/[A-Za-z0-9_./-]+$")] | None
+    ) = None
+    """Who looks after the job, for instance ``kueue.x-k8s.io/multikueue``. Left out, or
+    ``tempflow.dev/operator``: this operator. With any other value it does nothing at all."""
     tracking: Tracking = Tracking()
 
 

@@ -22,7 +22,7 @@ from tempflow_api.errors import (
 )
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
-from tempflow_trainer import distributed
+from tempflow_trainer import distributed, preflight
 from tempflow_trainer.algorithm import branching, sde, weighting
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.checkpoint import Checkpoints
@@ -215,14 +215,16 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         record = Record(work)
     except OSError as error:
         raise StoreUnavailable(f"cannot write to {work}: {error.strerror}") from error
-    store = open_store(
-        spec.checkpoint, environment.get(naming.ENV_RUN_ID, job.metadata.name), work.parent
-    )
-    if ranks.is_first:
+    run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
+    store = open_store(spec.checkpoint, run_id, work.parent)
+    if spec.compute.preflight:
+        preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
+    elif ranks.is_first:
         store.probe()
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
-    model = families.load(spec.model, cache=work / "models", device=device)
+    cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
+    model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")
     run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
     Session(
@@ -238,6 +240,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         ),
         record=record,
         announce=server.announce if server else lambda _progress: None,
+        run_id=run_id,
     ).train()
 
 

@@ -37,6 +37,8 @@ class Session:
     record: Record
     announce: Callable[[Progress], None]
     """Told of every change of progress, on rank 0."""
+    run_id: str = ""
+    """Which run's progress it is, for whoever asks at this address."""
     epochs_done: int = 0
     committed: int | None = None
     committed_uri: str | None = None
@@ -63,7 +65,6 @@ class Session:
         except Preempted:
             if self.committed != self.epochs_done:
                 self._save()
-            self._publish()
             raise Preempted(
                 f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; the "
                 f"state is committed at {self.committed_uri}"
@@ -149,6 +150,8 @@ class Session:
             state = self._state()
             self.committed_uri = self._on_first(lambda: self._commit(state))
         self.committed = self.epochs_done
+        # At once: whoever ends this process now still learns which checkpoint is the newest.
+        self._publish()
 
     def _commit(self, state: State) -> str:
         folder = self.checkpoints.save(state, lambda folder: self._export(folder, state.average))
@@ -292,6 +295,7 @@ class Session:
                 "epochs": epochs,
                 "phase": phase,
                 "attempt": self.checkpoints.attempt,
+                "runId": self.run_id,
                 "reward": last.reward if last else None,
                 "imagesPerSecond": last.images_per_second if last else None,
                 "etaSeconds": epoch_seconds * left if epoch_seconds else None,
