@@ -15,6 +15,7 @@ from tempflow.verbs import (
     logs,
     pull,
     report,
+    rewards,
     run,
     sample,
     steering,
@@ -73,6 +74,7 @@ app.add_typer(sample.app)
 app.add_typer(checkpoints.app)
 app.add_typer(pull.app)
 app.add_typer(report.app)
+app.add_typer(rewards.app)
 app.add_typer(doctor.app)
 app.add_typer(completion.app)
 app.add_typer(version.app)

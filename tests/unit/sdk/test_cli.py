@@ -112,7 +112,10 @@ def test_every_exit_code_is_documented(shell: Shell) -> None:
     assert in_help == in_document == {int(code) for code in ExitCode}
 
 
-VERBS = ("init", "validate", "run", "sample", "checkpoints list", "pull")
+VERBS = (
+    *("init", "validate", "explain", "run", "sample", "checkpoints list", "pull", "report"),
+    *("rewards list", "rewards score"),
+)
 CLUSTER_VERBS = (
     *("submit", "list", "status", "describe", "logs", "events", "wait"),
     *("suspend", "resume", "cancel", "delete", "diff", "doctor"),
