@@ -37,7 +37,7 @@ from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.progress import ProgressServer
-from tempflow_trainer.rewards import registry
+from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
@@ -186,6 +186,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         store.probe()
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
+    remote.check(spec.rewards)
     model = families.load(spec.model, cache=work / "models", device=device)
     place = Place(device, work / "models")
     run = build_run(spec, model, prompts, ranks, device, stop_requested, place)

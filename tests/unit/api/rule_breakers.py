@@ -80,8 +80,11 @@ _EQUAL_SHARES = _position("divides", "spec.algorithm.updatesPerEpoch")
 _IDLE = _position("more processes", "spec.compute.processesPerNode")
 _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
+_ATTEMPT_LONGER = _position("service.timeoutSeconds", "spec.rewards")
+_SERVED_PARAMETERS = _position("a reward with a service", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
 
+_SERVICE = {"endpoints": ["http://scorer:8090"]}
 _SD3 = {"model.family": "sd3", "model.source": "owner/name"}
 
 BREAKERS = (
@@ -128,6 +131,20 @@ BREAKERS = (
     ),
     Breaker(
         "reward twice", _REWARD_TWICE, {"rewards": [{"name": "digit-ink"}, {"name": "digit-ink"}]}
+    ),
+    Breaker(
+        "attempt longer than deadline",
+        _ATTEMPT_LONGER,
+        {"rewards": [{"name": "digit-ink", "service": _SERVICE | {"timeoutSeconds": 601.0}}]},
+    ),
+    Breaker(
+        "parameters of a served reward",
+        _SERVED_PARAMETERS,
+        {
+            "rewards": [
+                {"name": "digit-ink", "service": _SERVICE, "parameters": {"target": "0.3"}},
+            ]
+        },
     ),
     Breaker("nodes without store", _SHARED_STORE, {"compute.nodes": 2}),
     Breaker(

@@ -9,7 +9,7 @@ from typing import Any
 
 from tempflow_api.errors import RewardFailed, TempFlowError, of_code
 from tempflow_api.v1alpha1 import RewardTerm
-from tempflow_trainer.rewards import digits
+from tempflow_trainer.rewards import digits, remote
 from tempflow_trainer.rewards.base import Place, Reward, Scorer, Term
 
 ENTRY_POINTS = "tempflow.rewards"
@@ -48,6 +48,8 @@ def installed() -> dict[str, str]:
 
 
 def _scorer(term: RewardTerm, path: str, place: Place) -> Scorer:
+    if term.service is not None:
+        return remote.of_term(term, path)
     name = term.uses or term.name
     field = f"{path}.uses" if term.uses else f"{path}.name"
     kind = find(name, field)
