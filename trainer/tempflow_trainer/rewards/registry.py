@@ -9,7 +9,7 @@ from typing import Any
 
 from tempflow_api.errors import RewardFailed, TempFlowError, of_code
 from tempflow_api.v1alpha1 import RewardTerm
-from tempflow_trainer.rewards import digits, remote
+from tempflow_trainer.rewards import digits, hpsv3, image_reward, remote, unified_reward
 from tempflow_trainer.rewards.base import Place, Reward, Scorer, Term
 
 ENTRY_POINTS = "tempflow.rewards"
@@ -22,6 +22,9 @@ REWARDS: dict[str, Callable[..., Scorer]] = {
     "digit-contrast": digits.StrokeContrast,
     "digit-symmetry": digits.Symmetry,
     "digit-judge": digits.DigitJudge,
+    "hpsv3": hpsv3.HpsV3,
+    "image-reward": image_reward.ImageReward,
+    "unified-reward": unified_reward.UnifiedReward,
 }
 
 

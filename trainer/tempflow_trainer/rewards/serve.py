@@ -272,7 +272,8 @@ async def serve(service: Service, host: str, port: int) -> None:
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
-            raise AddressInUse(f"cannot listen at {host}:{port}: {error.strerror}") from error
+            said = os.strerror(error.errno) if error.errno else str(error)
+            raise AddressInUse(f"cannot listen at {host}:{port}: {said}") from error
         where = runner.addresses[0]
         log.info("serves %s at http://%s:%d", service.term.name, where[0], where[1])
         await stop.wait()

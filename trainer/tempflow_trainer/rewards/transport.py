@@ -6,12 +6,13 @@ too long, had no room, or said that it failed. What a server answers wrongly is 
 """
 
 import asyncio
+import atexit
 import logging
 import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -138,6 +139,12 @@ class Background:
         finally:
             future.cancel()
 
+    def run_quietly(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """For the end of the process: what does not end soon is left behind."""
+        future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        with suppress(TimeoutError):
+            future.result(1.0)
+
 
 @dataclass
 class Transport:
@@ -197,6 +204,8 @@ class Transport:
                 timeout=aiohttp.ClientTimeout(total=None),
                 connector=aiohttp.TCPConnector(limit=0),
             )
+            # The loop's thread still runs then; unclosed, the session would complain at the end.
+            atexit.register(self.background.run_quietly, self._session.close)
         return self._session
 
 

@@ -102,14 +102,19 @@ def request_of(
 
 def encode_image(image_3HW: Tensor, image_format: ImageFormat = "png") -> bytes:
     """An image, float in [0, 1] or uint8, as a file without loss beyond rounding to 8 bits."""
-    pixels_3HW = as_bytes(image_3HW) if image_3HW.is_floating_point() else image_3HW
-    picture = Image.fromarray(pixels_3HW.permute(1, 2, 0).contiguous().cpu().numpy())
+    picture = picture_of(image_3HW)
     file = io.BytesIO()
     if image_format == "png":
         picture.save(file, format="PNG", compress_level=PNG_COMPRESSION)
     else:
         picture.save(file, format="WEBP", lossless=True, quality=0, method=0, exact=True)
     return file.getvalue()
+
+
+def picture_of(image_3HW: Tensor) -> Image.Image:
+    """An image, float in [0, 1] or uint8, as Pillow has it."""
+    pixels_3HW = as_bytes(image_3HW) if image_3HW.is_floating_point() else image_3HW
+    return Image.fromarray(pixels_3HW.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def decode_image(content: bytes, *, max_pixels: int) -> Tensor:
