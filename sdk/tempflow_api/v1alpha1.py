@@ -115,6 +115,10 @@ class Advantage(Section):
     from amplifying trivial differences."""
     clip_max: Annotated[float, Field(gt=0, le=1000)] = 5.0
     """Advantages beyond this are cut."""
+    combination: Literal["raw", "normalised"] = "raw"
+    """Of several rewards. ``raw``: the reward is the weighted sum of raw scores, so the one with
+    the widest spread decides. ``normalised``: each reward becomes an advantage of its own, and
+    the advantage is their weighted sum, so the weights decide."""
 
 
 class Algorithm(Section):
@@ -189,8 +193,13 @@ class RewardTerm(Section):
     ``tempflow.rewards`` in an installed package, or ``module:Class``. Without it the name decides.
     One that does not exist is an error that lists them all."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
-    """The reward is the weighted sum of raw scores. A term of weight 0 is held out: scored at
-    evaluations and shown, never trained on."""
+    """Share in the reward, see ``spec.algorithm.advantage.combination``. A term of weight 0 is
+    held out: scored at evaluations and shown, never trained on."""
+    required: bool = True
+    """What follows from a missing score. Of a required reward: the group of draws that the image
+    is compared with is left out of the update. Of another one: the image counts as the mean of
+    its group in this reward. Both are counted. A required reward that fails as a whole ends the
+    run."""
     parameters: Annotated[
         dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)
     ] = {}

@@ -46,9 +46,9 @@ class Experience:
         return replace(self, **tensors)
 
     def micro_batches(self, rows_per_call: int) -> Iterator["Experience"]:
-        """All rows in order, at most ``rows_per_call`` at a time."""
-        for index_B in torch.arange(len(self)).split(rows_per_call):
-            yield self.rows(index_B)
+        """All rows in order, at most ``rows_per_call`` at a time; none if there are none."""
+        for start in range(0, len(self), rows_per_call):
+            yield self.rows(torch.arange(start, min(start + rows_per_call, len(self))))
 
 
 def of_rollouts(
@@ -70,6 +70,10 @@ def of_rollouts(
         weight_B=weights_S.repeat(groups),
         branch_B=torch.arange(steps).repeat(groups),
     )
+
+
+LOSS_SUMS = ("policy", "kl", "clipped", "drift")
+"""What ``Objective.loss_sums`` gives, also for a rank that has no rows."""
 
 
 @dataclass(frozen=True)
@@ -150,4 +154,5 @@ class Objective:
             ).cpu()
             for batch in experience.micro_batches(rows_per_call)
         ]
-        return replace(experience, old_log_prob_BK=torch.cat(old))
+        none = experience.advantages_BK[:0]
+        return replace(experience, old_log_prob_BK=torch.cat(old or [none]))

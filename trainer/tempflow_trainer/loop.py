@@ -5,19 +5,20 @@ optimizer steps. What differs between models, rewards and variants is in the par
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tempflow_api.errors import Preempted, TrainingDiverged
+from tempflow_api.errors import Preempted, RewardFailed, TrainingDiverged
 from tempflow_trainer import experience as ex
 from tempflow_trainer import seeds
-from tempflow_trainer.algorithm import advantages
+from tempflow_trainer.algorithm import combination
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.algorithm.branching import BranchPlan
+from tempflow_trainer.algorithm.combination import Combined
 from tempflow_trainer.data import Group, PromptOrder
 from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.ema import Ema
@@ -26,7 +27,7 @@ from tempflow_trainer.metrics import Stopwatch
 from tempflow_trainer.models.base import Conditioning, Policy
 from tempflow_trainer.models.tuning import Tuning
 from tempflow_trainer.rewards.base import Reward
-from tempflow_trainer.rollout import Walker
+from tempflow_trainer.rollout import Rollouts, Walker
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
 
     Raises:
         Preempted: stopped before the update.
+        RewardFailed: a required reward failed, or no group has all its scores.
         TrainingDiverged: a loss or gradient that is not finite; no step is taken with it.
     """
     run.check_stop()
@@ -86,12 +88,15 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     run.check_stop()
     with run.clock("scoring"):
         scores = _score(run, rollouts.latents_NCHW, groups)
-        rewards_GSK = rollouts.rewards_GSK(run.reward.total(scores))
     run.check_stop()
     with run.clock("update"):
-        all_rewards_GSK, advantages_GSK, zero_share = _advantages(run, rewards_GSK, groups)
-        learned = ex.of_rollouts(rollouts, advantages_GSK, run.plan, run.walker, run.weights_S)
-        parts = learned_by_share(learned, shares, len(run.plan.steps))
+        combined, mine = _combine(run, rollouts, scores, groups)
+        learned = ex.of_rollouts(
+            rollouts, combined.advantages_GSK[mine], run.plan, run.walker, run.weights_S
+        )
+        parts = learned_by_share(learned, shares, combined.kept_GS[mine])
+        if not bool(combined.kept_GS.all()):
+            parts = [part for part in parts if run.ranks.any(len(part) > 0)]
         if len(parts) > 1:
             parts = [
                 run.objective.with_old_log_probs(
@@ -100,14 +105,13 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
                 for part in parts
             ]
         steps = [update(run, part, conditioning) for part in parts]
+    kept = combined.rewards_GSK[combined.kept_GS]
     return {
-        "reward": float(all_rewards_GSK.mean()),
-        "rewardStd": float(all_rewards_GSK.std(correction=0)),
-        "rewards": {
-            name: float(torch.cat(run.ranks.gather_rows(values)).mean())
-            for name, values in scores.items()
-        },
-        "advantageZeroShare": zero_share,
+        "reward": float(kept.mean()),
+        "rewardStd": float(kept.std(correction=0)),
+        **_scores_of_all(run, scores),
+        "groupsLeftOut": int((~combined.kept_GS).sum()),
+        "advantageZeroShare": combined.zero_share,
         **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
     }
 
@@ -115,7 +119,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
 def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, float]:
     """One optimizer step on the mean loss over all rows of all ranks; returns its metrics."""
     run.optimizer.zero_grad(set_to_none=False)
-    sums: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(()) for name in ex.LOSS_SUMS}
     rows = torch.tensor(float(len(part)), dtype=torch.float64)
     run.ranks.sum_([rows])
     for batch in part.micro_batches(run.rows_per_training_call):
@@ -123,7 +127,7 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
         loss = found["policy"] + run.objective.kl_coefficient * found["kl"]
         (loss / float(rows)).backward()
         for name, value in found.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
+            sums[name] = sums[name] + value.detach().cpu()
     parameters = list(run.tuning.parameters().values())
     for parameter in parameters:
         if parameter.grad is None:
@@ -150,11 +154,13 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
 
 
 def learned_by_share(
-    learned: Experience, shares: Sequence[Sequence[Group]], steps: int
+    learned: Experience, shares: Sequence[Sequence[Group]], kept_GS: Tensor
 ) -> list[Experience]:
-    """The rows of each update: its groups are consecutive, ``steps`` rows each."""
-    rows = torch.arange(len(learned)).split([len(share) * steps for share in shares])
-    return [learned.rows(index) for index in rows]
+    """The rows of each update that are kept: its groups are consecutive, a row for each step."""
+    rows = torch.arange(len(learned))
+    sizes = [len(share) * kept_GS.shape[1] for share in shares]
+    kept_B = kept_GS.flatten()
+    return [learned.rows(index_B[kept_B[index_B]]) for index_B in rows.split(sizes)]
 
 
 def _encode(run: Run, groups: Sequence[Group]) -> Conditioning:
@@ -191,28 +197,57 @@ def _randomness(
 def _score(run: Run, latents_NCHW: Tensor, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Decode and score, a call's rows at a time, so that images never pile up."""
     owners = [group for group in groups for _ in range(run.plan.images_per_group)]
+    at_a_time = run.walker.rows_per_call
+    if run.reward.group_wise:  # whole sets of draws, which stand one after the other
+        at_a_time = max(1, at_a_time // run.plan.draws) * run.plan.draws
     parts: list[dict[str, Tensor]] = []
-    for rows in torch.arange(len(owners)).split(run.walker.rows_per_call):
+    for rows in torch.arange(len(owners)).split(at_a_time):
         images = run.policy.model.decode(latents_NCHW[rows]).cpu()
         prompts = [owners[i].prompt for i in rows.tolist()]
         parts.append(
-            run.reward.score(images, [p.text for p in prompts], [p.metadata for p in prompts])
+            run.reward.score(
+                images,
+                [p.text for p in prompts],
+                [p.metadata for p in prompts],
+                groups=(rows // run.plan.draws).tolist(),
+            )
         )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _advantages(
-    run: Run, rewards_GSK: Tensor, groups: Sequence[Group]
-) -> tuple[Tensor, Tensor, float]:
-    """Rewards of all ranks, this rank's advantages, and the share of groups without spread."""
+def _combine(
+    run: Run, rollouts: Rollouts, scores: Mapping[str, Tensor], groups: Sequence[Group]
+) -> tuple[Combined, slice]:
+    """Advantages over the draws of all ranks, and which of their groups are this rank's.
+
+    Raises:
+        RewardFailed: on every rank, when no group has all its required scores.
+    """
+    names = [term.name for term in run.reward.trained]
+    scores_GSKR = torch.stack([rollouts.rewards_GSK(scores[name]) for name in names], dim=3)
+    by_rank = run.ranks.gather_rows(scores_GSKR)
     ids_G = torch.tensor([group.prompt.id for group in groups])
-    by_rank = run.ranks.gather_rows(rewards_GSK)
-    every_GSK, every_id_G = torch.cat(by_rank), torch.cat(run.ranks.gather_rows(ids_G))
+    every_id_G = torch.cat(run.ranks.gather_rows(ids_G))
+    components = run.reward.components(dict(zip(names, torch.cat(by_rank).unbind(3), strict=True)))
+    combined = combination.combine(components, every_id_G, run.advantage_rule)
+    if combined is None:
+        raise RewardFailed(
+            "no group of draws has all its required scores in this epoch, so there is nothing to "
+            "learn from; see the log for the reasons, or set required: false for a reward that "
+            "may be absent"
+        )
     before = sum(len(part) for part in by_rank[: run.ranks.rank])
-    mine = slice(before, before + len(groups))
-    rule = run.advantage_rule
-    return (
-        every_GSK,
-        advantages.advantages_GSK(every_GSK, every_id_G, rule)[mine],
-        advantages.zero_spread_share(every_GSK, every_id_G, rule.scope),
-    )
+    return combined, slice(before, before + len(groups))
+
+
+def _scores_of_all(run: Run, scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Over the images of all ranks: each reward's mean, and how many images it failed with."""
+    gathered = {name: torch.cat(run.ranks.gather_rows(scores[name])) for name in scores}
+    return {
+        "rewards": {
+            name: float(values[values.isfinite()].mean())
+            for name, values in gathered.items()
+            if bool(values.isfinite().any())
+        },
+        "missingScores": {name: int(values.isnan().sum()) for name, values in gathered.items()},
+    }

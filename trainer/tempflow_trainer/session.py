@@ -102,6 +102,12 @@ class Session:
                 self.last.reward,
                 self.last.images_per_second,
             )
+            if self.last.groups_left_out:
+                log.warning(
+                    "epoch %d: %d groups of draws lack a required score and are left out",
+                    self.epochs_done,
+                    self.last.groups_left_out,
+                )
         last = self.epochs_done == self.spec.algorithm.epochs
         if last or self.epochs_done % self.spec.evaluation.every_epochs == 0:
             self._evaluate()
@@ -132,7 +138,9 @@ class Session:
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
         self.record.append(layout.EVALUATIONS, _evaluation_line(self.epochs_done, found, grid))
         log.info(
-            "evaluation after %d epochs: reward %.4f", self.epochs_done, float(found.total.mean())
+            "evaluation after %d epochs: reward %.4f",
+            self.epochs_done,
+            float(found.total.nanmean()),
         )
 
     def _save(self) -> None:
@@ -293,7 +301,11 @@ class Session:
 
 
 def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> EvaluationLine:
-    spreads = {name: Spread(**_moments(values)) for name, values in found.scores.items()}
+    spreads = {
+        name: Spread(**_moments(values))
+        for name, values in found.scores.items()
+        if bool(values.isfinite().any())
+    }
     total = _moments(found.total)
     return EvaluationLine(
         epoch=epoch,
@@ -301,6 +313,7 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
         reward=total["mean"],
         reward_std=total["std"],
         rewards=spreads,
+        missing_scores={name: int(v.isnan().sum()) for name, v in found.scores.items()},
         diversity=found.diversity,
         images=len(found.total),
         grid=grid,
@@ -308,4 +321,6 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
 
 
 def _moments(values: Tensor) -> dict[str, float]:
-    return {"mean": float(values.mean()), "std": float(values.std(correction=0))}
+    """Of the scores that are there."""
+    there = values[values.isfinite()]
+    return {"mean": float(there.mean()), "std": float(there.std(correction=0))}

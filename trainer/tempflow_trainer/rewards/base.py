@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tempflow_api.errors import RewardFailed, TempFlowError
+from tempflow_trainer.algorithm.combination import Component
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +131,11 @@ class Reward:
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Weighted sum of the trained terms, of any shape; NaN where one is missing."""
-        weighted = [term.weight * scores[term.name] for term in self.trained]
-        return torch.stack(weighted).sum(dim=0)
+        return torch.stack([term.weight * scores[term.name] for term in self.trained]).sum(dim=0)
+
+    def components(self, scores: Mapping[str, Tensor]) -> list[Component]:
+        """The trained terms with their scores, [G, S, K], for what combines them."""
+        return [Component(scores[t.name], t.weight, t.required) for t in self.trained]
 
 
 def as_floats(images_N3HW: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def build(terms: Sequence[RewardTerm], place: Place | None = None) -> Reward:
     where = place or Place()
     return Reward(
         [
-            Term(t.name, t.weight, _scorer(t, f"spec.rewards[{i}]", where))
+            Term(t.name, t.weight, _scorer(t, f"spec.rewards[{i}]", where), t.required)
             for i, t in enumerate(terms)
         ]
     )
