@@ -276,6 +276,10 @@ class Compute(Section):
     """One a GPU with ``cuda``."""
     rows_per_call: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Most latents in one call of the network without gradient: bounds the memory of a rollout."""
+    groups_per_rollout: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """(Prompt, seed) pairs that a process draws at once; they are scored while the next ones are
+    drawn. Without it all of them, or an eighth where a reward is served, so that an eighth
+    of its time is waited for. It may move results by a rounding error, as rowsPerCall may."""
     rows_per_training_call: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Most (seed, step) pairs in one call with gradient."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None

@@ -40,7 +40,9 @@ def cases(draw: st.DrawFn, *, holes: bool) -> tuple[list[Component], Tensor]:
     return components, ids
 
 
-def by_hand(components: list[Component], ids: Tensor, rule: AdvantageRule) -> list[tuple[bool, float, float]]:
+def by_hand(
+    components: list[Component], ids: Tensor, rule: AdvantageRule
+) -> list[tuple[bool, float, float]]:
     """Entry by entry, from the words of the documentation: [kept, reward, advantage]."""
     groups, steps, draws = components[0].scores_GSK.shape
     tables = [component.scores_GSK.double().tolist() for component in components]

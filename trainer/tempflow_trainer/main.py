@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -44,6 +45,9 @@ from tempflow_trainer.session import Session
 from tempflow_trainer.store import open_store
 
 log = logging.getLogger(__name__)
+
+# Scoring of the last part is waited for, so more parts hide more; fewer have fuller calls.
+SERVED_PARTS = 8
 
 
 def device_of(spec: JobSpec, local_rank: int) -> torch.device:
@@ -137,7 +141,17 @@ def build_run(
         max_grad_norm=spec.optimizer.max_grad_norm,
         clock=Stopwatch(),
         stop_requested=stop_requested,
+        groups_per_rollout=_groups_per_rollout(spec, ranks.world),
     )
+
+
+def _groups_per_rollout(spec: JobSpec, world: int) -> int | None:
+    """Parts only where scoring needs no processor of ours: drawing in parts costs a little."""
+    asked = spec.compute.groups_per_rollout
+    if asked is not None or not any(term.service for term in spec.rewards):
+        return asked
+    groups = spec.algorithm.prompts_per_epoch * spec.algorithm.seeds_per_prompt
+    return math.ceil(groups / world / SERVED_PARTS)
 
 
 def _optimizer(spec: JobSpec, tuning: Tuning) -> torch.optim.Optimizer:

@@ -72,6 +72,7 @@ class Session:
 
     def _epoch(self) -> None:
         before = dict(self.run.clock.seconds)
+        hidden = self.run.clock.hidden.get("scoring", 0.0)
         evaluations = self.evaluations
         metrics = run_epoch(self.run, self.epochs_done)
         self.epochs_done += 1
@@ -87,6 +88,7 @@ class Session:
                 "images": images,
                 "imagesPerSecond": images / max(sum(seconds.values()), 1e-9),
                 "seconds": seconds,
+                "scoringHiddenSeconds": self.run.clock.hidden.get("scoring", 0.0) - hidden,
                 "evaluations": {
                     purpose: count - evaluations.get(purpose, 0)
                     for purpose, count in self.evaluations.items()
