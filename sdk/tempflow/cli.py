@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from tempflow.verbs import checkpoints, init, pull, report, run, sample, validate, version
+from tempflow.verbs import checkpoints, explain, init, pull, report, run, sample, validate, version
 from tempflow_api.errors import ManifestInvalid, TempFlowError
 
 _EXIT_CODES = """\b
@@ -37,6 +37,7 @@ app = typer.Typer(
 # In the order in which the help shows them.
 app.add_typer(init.app)
 app.add_typer(validate.app)
+app.add_typer(explain.app)
 app.add_typer(run.app)
 app.add_typer(sample.app)
 app.add_typer(checkpoints.app)

@@ -38,6 +38,13 @@ def _groups_for_every_process(spec: JobSpec) -> bool:
     return groups >= compute.nodes * compute.processes_per_node
 
 
+def _equal_shares(spec: JobSpec) -> bool:
+    algorithm, compute = spec.algorithm, spec.compute
+    groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt // algorithm.updates_per_epoch
+    sharded = compute.strategy == "shard"
+    return not sharded or groups % (compute.nodes * compute.processes_per_node) == 0
+
+
 _DIVISIBLE = "self.sampling.width % 16 == 0 && self.sampling.height % 16 == 0"
 
 # All scopes are the spec: the API server's cost estimate stays far below its limit, and a rule
@@ -132,6 +139,23 @@ RULES: tuple[Rule, ...] = (
         "/ self.algorithm.updatesPerEpoch >= self.compute.nodes * self.compute.processesPerNode",
         "more processes than there are (prompt, seed) pairs in an update: some would idle",
         _groups_for_every_process,
+    ),
+    Rule(
+        "spec.compute.tiledDecode",
+        "!self.compute.tiledDecode || self.model.family != 'digits'",
+        "the digits family has no autoencoder to decode with: leave tiledDecode out",
+        lambda spec: not spec.compute.tiled_decode or spec.model.family != "digits",
+    ),
+    Rule(
+        "spec.compute.strategy",
+        "self.compute.strategy != 'shard' || "
+        "self.algorithm.promptsPerEpoch * self.algorithm.seedsPerPrompt "
+        "/ self.algorithm.updatesPerEpoch % (self.compute.nodes * self.compute.processesPerNode) "
+        "== 0",
+        "with shard all processes work in step: the (prompt, seed) pairs of an update, "
+        "promptsPerEpoch x seedsPerPrompt / updatesPerEpoch, are a multiple of the processes, "
+        "nodes x processesPerNode",
+        _equal_shares,
     ),
     Rule(
         "spec.rewards",

@@ -20,6 +20,7 @@ from tempflow_trainer.scoring import Scoring
 
 LEAST_CELL_PIXELS = 56
 LABEL_PIXELS = 120
+NO_IMAGES = torch.empty(0, 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Evaluator:
     latent_shape: tuple[int, int, int]
     run_seed: int
     ranks: Ranks
+    equal_shares: bool = False
+    """Whether all ranks have to draw as many images: those that are too many are left out."""
 
     def run(self) -> Evaluation:
         """Draw and score with the weights as they are; the ranks share the work.
@@ -56,7 +59,9 @@ class Evaluator:
         jobs = [(p, m) for p in self.prompts for m in range(self.images_per_prompt)]
         index_N = self._share(len(jobs))
         mine = [jobs[i] for i in index_N.tolist()]
-        images = self._draw(mine) if mine else torch.empty(0, 3, 1, 1)
+        more = -len(jobs) % self.ranks.world if self.equal_shares else 0
+        filling = [jobs[0]] * (1 if more and self.ranks.rank >= self.ranks.world - more else 0)
+        images = self._draw(mine + filling)[: len(mine)] if mine + filling else NO_IMAGES
         texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
         prompts = (index_N // self.images_per_prompt).tolist()
         scoring = Scoring([term.name for term in self.reward.terms], self.ranks)
@@ -99,12 +104,12 @@ class Evaluator:
                 for p, image in jobs
             ]
         )
-        model = self.walker.policy.model
+        policy = self.walker.policy
         images = []
         for rows in torch.arange(len(jobs)).split(self.walker.rows_per_call):
-            conditioning = model.encode([jobs[i][0].text for i in rows.tolist()])
+            conditioning = policy.text.encode([jobs[i][0].text for i in rows.tolist()])
             latents = self.walker.sample(starts_NCHW[rows], conditioning)
-            images.append(model.decode(latents).cpu())
+            images.append(policy.decode(latents))
         return torch.cat(images)
 
 

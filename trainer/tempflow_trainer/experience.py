@@ -114,6 +114,12 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Sums over the rows of ``policy`` (mean over draws) and ``kl``, with gradient, and of
         ``clipped`` and ``drift``, the share of clipped draws and mean |ratio - 1|, without."""
+        # The reference first: nothing may run between a forward and its backward where weights are
+        # gathered for both.
+        reference_BCHW = None
+        if self.kl_coefficient > 0:
+            with torch.no_grad(), tuning.reference(policy) as reference:
+                reference_BCHW = self.means(batch, reference, conditioning, purpose="reference")
         mean_BCHW = self.means(batch, policy, conditioning, purpose="training")
         log_prob_BK = self.log_probs_BK(batch, mean_BCHW)
         old_BK = batch.old_log_prob_BK
@@ -126,9 +132,7 @@ class Objective:
             clip_range=self.clip_range,
         )
         kl_sum = torch.zeros((), device=log_prob_BK.device)
-        if self.kl_coefficient > 0:
-            with torch.no_grad(), tuning.reference(policy) as reference:
-                reference_BCHW = self.means(batch, reference, conditioning, purpose="reference")
+        if reference_BCHW is not None:
             kl_sum = loss.kl_B(mean_BCHW, reference_BCHW, batch.noise_std_B).sum()
         new_BK = log_prob_BK.detach()
         return {

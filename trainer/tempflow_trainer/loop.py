@@ -5,6 +5,7 @@ optimizer steps. What differs between models, rewards and variants is in the par
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tempflow_api.errors import Preempted, RewardFailed, TrainingDiverged
 from tempflow_trainer import experience as ex
-from tempflow_trainer import seeds
+from tempflow_trainer import seeds, sharding
 from tempflow_trainer.algorithm import combination
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.algorithm.branching import BranchPlan
@@ -55,6 +56,8 @@ class Run:
     run_seed: int
     rows_per_training_call: int
     max_grad_norm: float
+    half_range: bool
+    """Whether activations are float16, so small that gradients vanish unless they are scaled."""
     clock: Stopwatch
     stop_requested: Callable[[], bool]
     groups_per_rollout: int | None = None
@@ -126,23 +129,30 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
     sums = {name: torch.zeros(()) for name in ex.LOSS_SUMS}
     rows = torch.tensor(float(len(part)), dtype=torch.float64)
     run.ranks.sum_([rows])
+    # A power of two, so nothing is rounded: it lifts what the means over rows and latents made
+    # small, in the backward alone. A fixed one is no state that a checkpoint would have to hold.
+    scale = 2.0 ** round(math.log2(float(rows) * math.prod(run.latent_shape)))
+    scale = scale if run.half_range else 1.0
     for batch in part.micro_batches(run.rows_per_training_call):
         found = run.objective.loss_sums(batch, run.policy, conditioning, run.tuning)
         loss = found["policy"] + run.objective.kl_coefficient * found["kl"]
-        (loss / float(rows)).backward()
+        (loss * scale / float(rows)).backward()
         for name, value in found.items():
             sums[name] = sums[name] + value.detach().cpu()
     parameters = list(run.tuning.parameters().values())
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    run.ranks.sum_([p.grad for p in parameters if p.grad is not None])
+        parameter.grad.div_(scale)
+    if not run.tuning.sharded:  # else the backward has summed them
+        run.ranks.sum_([p.grad for p in parameters if p.grad is not None])
     run.ranks.sum_(sums.values())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+    norm = sharding.clip_gradients(parameters, run.max_grad_norm)
     if not bool(norm.isfinite()):
+        remedy = "; or set spec.model.precision to bfloat16" if run.half_range else ""
         raise TrainingDiverged(
             f"the gradient norm is {float(norm)} at update {run.updates_done + 1}; lower "
-            "spec.optimizer.learningRate, or continue from an earlier checkpoint"
+            f"spec.optimizer.learningRate, or continue from an earlier checkpoint{remedy}"
         )
     run.optimizer.step()
     run.updates_done += 1
@@ -171,7 +181,7 @@ def _encode(run: Run, groups: Sequence[Group]) -> Conditioning:
     """One row a group; each prompt is read once."""
     texts = list(dict.fromkeys(group.prompt.text for group in groups))
     index_G = torch.tensor([texts.index(group.prompt.text) for group in groups])
-    return run.policy.model.encode(texts).rows(index_G)
+    return run.policy.text.encode(texts).rows(index_G)
 
 
 def _randomness(
@@ -223,7 +233,7 @@ def _score(
         at_a_time = max(1, at_a_time // run.plan.draws) * run.plan.draws
     parts: list[dict[str, Tensor]] = []
     for rows in torch.arange(len(owners)).split(at_a_time):
-        images = run.policy.model.decode(latents_NCHW[rows]).cpu()
+        images = run.policy.decode(latents_NCHW[rows])
         prompts = [owners[i].prompt for i in rows.tolist()]
         parts.append(
             run.reward.score(

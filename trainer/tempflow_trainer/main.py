@@ -33,9 +33,10 @@ from tempflow_trainer.ema import Ema
 from tempflow_trainer.evaluation import Evaluator
 from tempflow_trainer.experience import Objective
 from tempflow_trainer.loop import Run
-from tempflow_trainer.metrics import Record, Stopwatch
+from tempflow_trainer.metrics import Record, Stopwatch, phase_of
 from tempflow_trainer.models import families
-from tempflow_trainer.models.base import FlowModel, Policy
+from tempflow_trainer.models.base import FlowModel, Policy, TextEncoder
+from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.progress import ProgressServer
 from tempflow_trainer.rewards import registry, remote
@@ -48,6 +49,16 @@ log = logging.getLogger(__name__)
 
 # Scoring of the last part is waited for, so more parts hide more; fewer have fuller calls.
 SERVED_PARTS = 8
+# What to change when the device's memory does not suffice, by the phase in which it did not.
+MEMORY_REMEDIES = {
+    "start": "set spec.model.precision to bfloat16, spec.compute.textCacheMebibytes, or "
+    "spec.compute.strategy to shard",
+    "rollout": "lower spec.compute.rowsPerCall, or set spec.compute.textCacheMebibytes",
+    "scoring": "lower spec.compute.rowsPerDecode, or set spec.compute.tiledDecode",
+    "update": "lower spec.compute.rowsPerTrainingCall, or set spec.compute.gradientCheckpointing",
+    "evaluation": "lower spec.compute.rowsPerCall or spec.compute.rowsPerDecode",
+    "checkpoint": "lower spec.compute.rowsPerCall, which leaves more room between the phases",
+}
 
 
 def device_of(spec: JobSpec, local_rank: int) -> torch.device:
@@ -70,6 +81,13 @@ def device_of(spec: JobSpec, local_rank: int) -> torch.device:
     return device
 
 
+def tuning_of(spec: JobSpec, model: FlowModel) -> Tuning:
+    """The weights of ``model`` that the job trains; they are set up for it."""
+    if spec.model.lora is not None:
+        return LoraTuning(model, spec.model.lora, spec.algorithm.seed)
+    return FullTuning(model, keep_reference=spec.algorithm.kl_coefficient > 0)
+
+
 def build_run(
     spec: JobSpec,
     model: FlowModel,
@@ -85,16 +103,17 @@ def build_run(
         RewardFailed: a reward that does not exist, or compares draws where there is one.
     """
     algorithm, sampling = spec.algorithm, spec.sampling
-    tuning: Tuning = (
-        LoraTuning(model, spec.model.lora, algorithm.seed)
-        if spec.model.lora is not None
-        else FullTuning(model, keep_reference=algorithm.kl_coefficient > 0)
-    )
+    set_memory_savers(spec, model)
+    tuning = tuning_of(spec, model)
+    if spec.compute.strategy == "shard" and ranks.world > 1:
+        tuning.shard(ranks, device)
     policy = Policy.of(
         model,
         guidance_scale=sampling.guidance_scale,
         negative_prompt=sampling.negative_prompt,
         device=device,
+        text=text_encoder_of(spec, model, device),
+        rows_per_decode=spec.compute.rows_per_decode,
     )
     schedule = model.schedule(sampling.steps, sampling.height, sampling.width)
     walker = Walker(policy, schedule, sampling.noise_level, spec.compute.rows_per_call)
@@ -139,6 +158,7 @@ def build_run(
         run_seed=algorithm.seed,
         rows_per_training_call=spec.compute.rows_per_training_call,
         max_grad_norm=spec.optimizer.max_grad_norm,
+        half_range=spec.model.precision == "float16" and spec.model.lora is not None,
         clock=Stopwatch(),
         stop_requested=stop_requested,
         groups_per_rollout=_groups_per_rollout(spec, ranks.world),
@@ -152,6 +172,20 @@ def _groups_per_rollout(spec: JobSpec, world: int) -> int | None:
         return asked
     groups = spec.algorithm.prompts_per_epoch * spec.algorithm.seeds_per_prompt
     return math.ceil(groups / world / SERVED_PARTS)
+
+
+def set_memory_savers(spec: JobSpec, model: FlowModel) -> None:
+    """Switch on what the libraries offer to need less memory, where the job asks for it."""
+    if spec.compute.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    if spec.compute.tiled_decode:
+        model.decode_in_tiles()
+
+
+def text_encoder_of(spec: JobSpec, model: FlowModel, device: torch.device) -> TextEncoder:
+    """The model itself, or a cache before it."""
+    most = spec.compute.text_cache_mebibytes * 2**20
+    return TextCache(model, device=device, most_bytes=most) if most else model
 
 
 def _optimizer(spec: JobSpec, tuning: Tuning) -> torch.optim.Optimizer:
@@ -177,6 +211,7 @@ def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
         latent_shape=run.latent_shape,
         run_seed=spec.algorithm.seed,
         ranks=run.ranks,
+        equal_shares=run.tuning.sharded,
     )
 
 
@@ -222,7 +257,12 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
 
 def read_job(path: Path) -> TempFlowGRPOJob:
     """The resolved job, checked again: it may have been edited, or come from a newer operator."""
-    job = TempFlowGRPOJob.model_validate_json(path.read_bytes())
+    return read_job_text(path.read_text(encoding="utf-8"))
+
+
+def read_job_text(text: str) -> TempFlowGRPOJob:
+    """The same, from its JSON."""
+    job = TempFlowGRPOJob.model_validate_json(text)
     broken = broken_rules(job.spec)
     if broken:
         raise ValueError("; ".join(f"{rule.path}: {rule.message}" for rule in broken))
@@ -263,10 +303,9 @@ def _judge(error: Exception) -> tuple[ExitCode, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return ExitCode.STORE, f"cannot write {error.filename or 'the record'}: {error.strerror}"
     if isinstance(error, torch.OutOfMemoryError):
-        return ExitCode.DEVICE, (
-            "out of GPU memory; lower spec.compute.rowsPerCall (rollout) or "
-            f"spec.compute.rowsPerTrainingCall (update): {text}"
-        )
+        phase = phase_of(error)
+        remedy = MEMORY_REMEDIES.get(phase or "", MEMORY_REMEDIES["start"])
+        return ExitCode.DEVICE, f"out of device memory in {phase or 'the start'}: {remedy}: {text}"
     return ExitCode.BUG, f"{type(error).__name__}: {text}"
 
 

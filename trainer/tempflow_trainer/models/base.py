@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tempflow_trainer.algorithm.schedule import Schedule
 
@@ -45,6 +45,8 @@ class Conditioning:
 class FlowModel(ABC):
     """A text-to-image model that predicts v = noise - image. One subclass a family."""
 
+    pipeline: Any = None
+    """diffusers' own pipeline of the model; None where the family has none."""
     transformer: Any
     """The network that is trained; a diffusers model, which is untyped."""
     lora_targets: tuple[str, ...]
@@ -72,6 +74,19 @@ class FlowModel(ABC):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images [B, 3, height, width], float32 in [0, 1]."""
 
+    def text_encoders(self) -> list[nn.Module]:
+        """What ``encode`` runs; it may be moved away between two calls."""
+        parts = {} if self.pipeline is None else self.pipeline.components
+        return [
+            part
+            for name, part in parts.items()
+            if name.startswith("text_encoder") and part is not None
+        ]
+
+    def decode_in_tiles(self) -> None:
+        """Decode large latents piece by piece from now on: less memory, blended seams."""
+        self.pipeline.vae.enable_tiling()
+
     def embed_guidance(self, conditioning: Conditioning, scale: float) -> Conditioning:
         """For a network that reads the guidance scale: with the scale among its inputs."""
         del scale
@@ -80,6 +95,12 @@ class FlowModel(ABC):
     def combine(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         """The velocity of classifier-free guidance."""
         return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
+
+
+class TextEncoder(Protocol):
+    """Encodes prompts, one row each: a model, or a cache before it."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
 
 @dataclass
@@ -91,18 +112,34 @@ class Policy:
     negative: Conditioning | None
     """The one row that guidance steers away from; None where guidance needs none."""
     device: torch.device
+    text: TextEncoder
+    rows_per_decode: int | None = None
+    """Most latents that are decoded at once; None decodes as many as are asked for."""
     evaluations: dict[str, int] = field(
         default_factory=lambda: {"rollout": 0, "training": 0, "reference": 0, "evaluation": 0}
     )
 
     @classmethod
     def of(
-        cls, model: FlowModel, *, guidance_scale: float, negative_prompt: str, device: torch.device
+        cls,
+        model: FlowModel,
+        *,
+        guidance_scale: float,
+        negative_prompt: str,
+        device: torch.device,
+        text: TextEncoder | None = None,
+        rows_per_decode: int | None = None,
     ) -> "Policy":
         """Encode the negative prompt where classifier-free guidance will read it."""
+        text = model if text is None else text
         guided = model.classifier_free and guidance_scale != 1
-        negative = model.encode([negative_prompt]) if guided else None
-        return cls(model, guidance_scale, negative, device)
+        negative = text.encode([negative_prompt]) if guided else None
+        return cls(model, guidance_scale, negative, device, text, rows_per_decode)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Images on the CPU, [B, 3, height, width], float32 in [0, 1]."""
+        parts = latents_BCHW.split(self.rows_per_decode or len(latents_BCHW))
+        return torch.cat([self.model.decode(part).cpu() for part in parts])
 
     @property
     def rows_per_velocity(self) -> int:
