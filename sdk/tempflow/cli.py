@@ -4,7 +4,18 @@ import sys
 
 import typer
 
-from tempflow.verbs import checkpoints, explain, init, pull, report, run, sample, validate, version
+from tempflow.verbs import (
+    checkpoints,
+    explain,
+    init,
+    pull,
+    report,
+    rewards,
+    run,
+    sample,
+    validate,
+    version,
+)
 from tempflow_api.errors import ManifestInvalid, TempFlowError
 
 _EXIT_CODES = """\b
@@ -43,6 +54,7 @@ app.add_typer(sample.app)
 app.add_typer(checkpoints.app)
 app.add_typer(pull.app)
 app.add_typer(report.app)
+app.add_typer(rewards.app)
 app.add_typer(version.app)
 
 

@@ -36,6 +36,14 @@ class Experience:
     """Index of the branch step, for metrics by step."""
     old_log_prob_BK: Tensor | None = None
     """Under the weights of the rollout; None where they are still the current ones."""
+    counts_B: Tensor | None = None
+    """1 for rows that are learned from and 0 for those that are left out, which are computed all
+    the same: with sharded weights every rank has to make as many calls. None if all count."""
+
+    @property
+    def counted(self) -> float:
+        """How many rows are learned from."""
+        return float(len(self) if self.counts_B is None else self.counts_B.sum())
 
     def __len__(self) -> int:
         return len(self.states_BCHW)
@@ -46,9 +54,9 @@ class Experience:
         return replace(self, **tensors)
 
     def micro_batches(self, rows_per_call: int) -> Iterator["Experience"]:
-        """All rows in order, at most ``rows_per_call`` at a time; none if there are none."""
-        for start in range(0, len(self), rows_per_call):
-            yield self.rows(torch.arange(start, min(start + rows_per_call, len(self))))
+        """All rows in order, at most ``rows_per_call`` at a time."""
+        for index_B in torch.arange(len(self)).split(rows_per_call):
+            yield self.rows(index_B)
 
 
 def of_rollouts(
@@ -70,10 +78,6 @@ def of_rollouts(
         weight_B=weights_S.repeat(groups),
         branch_B=torch.arange(steps).repeat(groups),
     )
-
-
-LOSS_SUMS = ("policy", "kl", "clipped", "drift")
-"""What ``Objective.loss_sums`` gives, also for a rank that has no rows."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,19 @@ class Objective:
             weight_B=batch.weight_B,
             clip_range=self.clip_range,
         )
-        kl_sum = torch.zeros((), device=log_prob_BK.device)
+        kl_B = torch.zeros(len(batch), device=log_prob_BK.device)
         if reference_BCHW is not None:
-            kl_sum = loss.kl_B(mean_BCHW, reference_BCHW, batch.noise_std_B).sum()
+            kl_B = loss.kl_B(mean_BCHW, reference_BCHW, batch.noise_std_B)
         new_BK = log_prob_BK.detach()
-        return {
-            "policy": policy_BK.mean(dim=1).sum(),
-            "kl": kl_sum,
-            "clipped": loss.clipped_share_BK(new_BK, old_BK, self.clip_range).mean(dim=1).sum(),
-            "drift": ((new_BK - old_BK).exp() - 1).abs().mean(dim=1).sum(),
+        found = {
+            "policy": policy_BK.mean(dim=1),
+            "kl": kl_B,
+            "clipped": loss.clipped_share_BK(new_BK, old_BK, self.clip_range).mean(dim=1),
+            "drift": ((new_BK - old_BK).exp() - 1).abs().mean(dim=1),
         }
+        if batch.counts_B is not None:
+            found = {name: value * batch.counts_B.to(value) for name, value in found.items()}
+        return {name: value.sum() for name, value in found.items()}
 
     @torch.no_grad()
     def with_old_log_probs(
@@ -158,5 +165,4 @@ class Objective:
             ).cpu()
             for batch in experience.micro_batches(rows_per_call)
         ]
-        none = experience.advantages_BK[:0]
-        return replace(experience, old_log_prob_BK=torch.cat(old or [none]))
+        return replace(experience, old_log_prob_BK=torch.cat(old))

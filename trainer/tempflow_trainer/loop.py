@@ -7,7 +7,7 @@ optimizer steps. What differs between models, rewards and variants is in the par
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
         )
         parts = learned_by_share(learned, shares, combined.kept_GS[mine])
         if not bool(combined.kept_GS.all()):
-            parts = [part for part in parts if run.ranks.any(len(part) > 0)]
+            parts = [part for part in parts if run.ranks.any(part.counted > 0)]
         if len(parts) > 1:
             parts = [
                 run.objective.with_old_log_probs(
@@ -126,8 +126,8 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
 def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, float]:
     """One optimizer step on the mean loss over all rows of all ranks; returns its metrics."""
     run.optimizer.zero_grad(set_to_none=False)
-    sums = {name: torch.zeros(()) for name in ex.LOSS_SUMS}
-    rows = torch.tensor(float(len(part)), dtype=torch.float64)
+    sums: dict[str, Tensor] = {}
+    rows = torch.tensor(part.counted, dtype=torch.float64)
     run.ranks.sum_([rows])
     # A power of two, so nothing is rounded: it lifts what the means over rows and latents made
     # small, in the backward alone. A fixed one is no state that a checkpoint would have to hold.
@@ -138,7 +138,7 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
         loss = found["policy"] + run.objective.kl_coefficient * found["kl"]
         (loss * scale / float(rows)).backward()
         for name, value in found.items():
-            sums[name] = sums[name] + value.detach().cpu()
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
     parameters = list(run.tuning.parameters().values())
     for parameter in parameters:
         if parameter.grad is None:
@@ -170,11 +170,12 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
 def learned_by_share(
     learned: Experience, shares: Sequence[Sequence[Group]], kept_GS: Tensor
 ) -> list[Experience]:
-    """The rows of each update that are kept: its groups are consecutive, a row for each step."""
-    rows = torch.arange(len(learned))
+    """The rows of each update: its groups are consecutive, a row for each step. Rows that are
+    not kept do not count."""
+    if not bool(kept_GS.all()):
+        learned = replace(learned, counts_B=kept_GS.flatten().float())
     sizes = [len(share) * kept_GS.shape[1] for share in shares]
-    kept_B = kept_GS.flatten()
-    return [learned.rows(index_B[kept_B[index_B]]) for index_B in rows.split(sizes)]
+    return [learned.rows(index_B) for index_B in torch.arange(len(learned)).split(sizes)]
 
 
 def _encode(run: Run, groups: Sequence[Group]) -> Conditioning:

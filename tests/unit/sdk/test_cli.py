@@ -112,7 +112,19 @@ def test_every_exit_code_is_documented(shell: Shell) -> None:
     assert in_help == in_document == {int(code) for code in ExitCode}
 
 
-@pytest.mark.parametrize("verb", ["init", "validate", "run", "sample", "checkpoints list", "pull"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "init",
+        "validate",
+        "run",
+        "sample",
+        "checkpoints list",
+        "pull",
+        "rewards list",
+        "rewards score",
+    ],
+)
 def test_every_verb_teaches_by_example(shell: Shell, verb: str) -> None:
     shown = shell(*verb.split(), "--help").stdout
     assert "Examples:\n" in shown
