@@ -83,7 +83,7 @@ class Clip:
     @property
     def scale(self) -> float:
         """The factor that the model was trained to put on its cosines; about 100."""
-        return float(self.model.logit_scale.exp())
+        return float(self.model.logit_scale.detach().exp())
 
 
 class PickScore:
