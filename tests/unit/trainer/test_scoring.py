@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tempflow_trainer import loop, main, scoring
 from tempflow_trainer.loop import Run
 from tempflow_trainer.metrics import Stopwatch
 from tempflow_trainer.rewards.base import Reward, Term
+from tempflow_trainer.rollout import Rollouts, Walker
 from tempflow_trainer.scoring import Scoring
 from tests.numerics.toys import ALONE, Brightness, run_of, spec_of
 from tests.unit.trainer.reward_servers import Metadata
@@ -69,24 +71,22 @@ def test_drawing_in_parts_draws_the_same_pictures(changes: dict[str, object]) ->
     assert parts.policy.evaluations == whole.policy.evaluations
 
 
+class Late(Walker):
+    """Takes its time to draw."""
+
+    def collect(self, *arguments: Any) -> Rollouts:
+        time.sleep(0.3)
+        return super().collect(*arguments)
+
+
 def test_what_is_scored_beside_the_rollout_is_hidden_time() -> None:
     slow = Slow(seconds=0.1)
     whole, _ = epoch_of({}, slow)
     assert whole.clock.hidden["scoring"] < 0.05
     assert whole.clock.seconds["scoring"] > 0.1
     run = run_of(spec_of({"compute.groupsPerRollout": 4}))
-    walker = run.walker
-
-    class Late:
-        """Takes its time to draw."""
-
-        rows_per_call = walker.rows_per_call
-
-        def collect(self, *arguments: object) -> object:
-            time.sleep(0.3)
-            return walker.collect(*arguments)  # type: ignore[arg-type]
-
-    parts = replace(run, walker=Late(), reward=Reward([Term("slow", 1.0, slow)]))  # type: ignore[arg-type]
+    late = Late(**vars(run.walker))
+    parts = replace(run, walker=late, reward=Reward([Term("slow", 1.0, slow)]))
     loop.run_epoch(parts, 0)
     assert parts.clock.hidden["scoring"] >= 0.1, "one of two parts"
     assert parts.clock.seconds["scoring"] < 0.3
@@ -100,7 +100,7 @@ class Failing(Brightness):
 def test_a_failure_in_the_thread_ends_the_epoch_before_anything_changes() -> None:
     run = run_of(spec_of({"compute.groupsPerRollout": 1}))
     before = weights(run)
-    with pytest.raises(RewardFailed, match=r"^reward x: the server is away$"):
+    with pytest.raises(RewardFailed, match=r"^reward x: the server is away"):
         loop.run_epoch(replace(run, reward=Reward([Term("x", 1.0, Failing())])), 0)
     assert torch.equal(weights(run), before)
 
