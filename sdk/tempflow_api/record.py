@@ -60,6 +60,8 @@ class Metrics(Observed):
     images: int
     images_per_second: float
     seconds: EpochSeconds
+    scoring_hidden_seconds: float = 0.0
+    """Of scoring, beside the rollout; ``seconds.scoring`` is what the epoch waited for after it."""
     evaluations: EpochEvaluations
 
 

@@ -236,6 +236,25 @@ RULES: tuple[Rule, ...] = (
         lambda spec: len({reward.name for reward in spec.rewards}) == len(spec.rewards),
     ),
     Rule(
+        "spec.rewards",
+        "self.rewards.all(r, !has(r.service) || r.service.timeoutSeconds <= "
+        "r.service.deadlineSeconds)",
+        "service.timeoutSeconds, of one attempt, is at most service.deadlineSeconds, of all",
+        lambda spec: all(
+            reward.service is None
+            or reward.service.timeout_seconds <= reward.service.deadline_seconds
+            for reward in spec.rewards
+        ),
+    ),
+    Rule(
+        "spec.rewards",
+        "self.rewards.all(r, !has(r.service) || size(r.parameters) == 0)",
+        "a reward with a service has no parameters: they are set where it is served",
+        lambda spec: all(
+            reward.service is None or not reward.parameters for reward in spec.rewards
+        ),
+    ),
+    Rule(
         "spec.checkpoint.uri",
         "self.compute.nodes == 1 || "
         "(has(self.checkpoint.uri) && self.checkpoint.uri.startsWith('s3://'))",

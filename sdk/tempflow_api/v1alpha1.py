@@ -164,6 +164,32 @@ class Algorithm(Section):
     """Every random number of the run is derived from this one."""
 
 
+class RewardService(Section):
+    """Where a reward is served over HTTP, and how long to wait for it."""
+
+    endpoints: Annotated[
+        list[Annotated[str, Field(max_length=1024, pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")]],
+        Field(min_length=1, max_length=64),
+    ]
+    """Addresses of servers that all serve this reward; each request goes to the least busy one."""
+    token_variable: (
+        Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None
+    ) = None
+    """Environment variable with the bearer token that the servers ask for; on a cluster from the
+    Secret of ``spec.compute.secretName``. The token itself never stands in a manifest."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Of one request; a slow model takes seconds for 32 images. Then another attempt is made."""
+    deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Of a batch with all attempts; after it the batch has no score. Ten minutes let a server
+    restart and load a large model."""
+    images_per_request: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Most images in one request; 32 of 512 x 512 are 15 MiB as PNG."""
+    requests_per_endpoint: Annotated[int, Field(ge=1, le=64)] = 2
+    """Requests under way at once: one is scored while the next one travels."""
+    image_format: Literal["png", "webp"] = "png"
+    """Both without loss. WebP is smaller and takes longer to write: for slow networks."""
+
+
 class RewardTerm(Section):
     """One scorer and its share in the reward."""
 
@@ -188,6 +214,8 @@ class RewardTerm(Section):
         dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)
     ] = {}
     """Settings of the scorer, as strings."""
+    service: RewardService | None = None
+    """Score by asking a service instead of in the trainer's processes."""
 
 
 class Optimizer(Section):
@@ -345,6 +373,10 @@ class Compute(Section):
     result is the same, and a run may change it when it continues."""
     rows_per_call: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Most latents in one call of the network without gradient: bounds the memory of a rollout."""
+    groups_per_rollout: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """(Prompt, seed) pairs that a process draws at once; they are scored while the next ones are
+    drawn. Without it all of them, or an eighth where a reward is served, so that an eighth
+    of its time is waited for. It may move results by a rounding error, as rowsPerCall may."""
     rows_per_training_call: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Most (seed, step) pairs in one call with gradient."""
     rows_per_decode: Annotated[int, Field(ge=1, le=65_536)] | None = None

@@ -19,6 +19,7 @@ from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.metrics import now
 from tempflow_trainer.rewards.base import Reward
 from tempflow_trainer.rollout import Walker
+from tempflow_trainer.scoring import Scoring
 
 LEAST_CELL_PIXELS = 56
 LABEL_PIXELS = 120
@@ -66,11 +67,15 @@ class Evaluator:
         images = self._draw(mine + filling)[: len(mine)] if mine + filling else NO_IMAGES
         texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
         prompts = (index_N // self.images_per_prompt).tolist()
-        scores = (
-            self.reward.score(images, texts, metadata, groups=prompts, held_out=True)
-            if mine
-            else {}
-        )
+        scoring = Scoring([term.name for term in self.reward.terms], self.ranks)
+        if mine:
+            scoring.submit(
+                len(mine),
+                lambda on_call: self.reward.score(
+                    images, texts, metadata, groups=prompts, held_out=True, on_call=on_call
+                ),
+            )
+        scores = scoring.wait()
         order = torch.cat(self.ranks.gather_rows(index_N)).argsort()
         names = [term.name for term in self.reward.terms]
         gathered = {

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from tempflow_trainer.models.base import Conditioning, Policy
 from tempflow_trainer.models.tuning import Tuning
 from tempflow_trainer.rewards.base import Reward
 from tempflow_trainer.rollout import Rollouts, Walker
+from tempflow_trainer.scoring import OnCall, Scoring
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Run:
     """Whether activations are float16, so small that gradients vanish unless they are scaled."""
     clock: Stopwatch
     stop_requested: Callable[[], bool]
+    groups_per_rollout: int | None = None
+    """Groups drawn at once, and scored while the next ones are drawn; None: all."""
     updates_done: int = 0
 
     def check_stop(self) -> None:
@@ -84,13 +88,13 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     run.check_stop()
     shares = run.order.shares(epoch, rank=run.ranks.rank, world=run.ranks.world)
     groups = [group for share in shares for group in share]
+    scoring = Scoring(run.reward.trained_names, run.ranks, run.stop_requested, run.clock)
     with run.clock("rollout"):
         conditioning = _encode(run, groups)
-        starts_GCHW, noise = _randomness(run, epoch, groups)
-        rollouts = run.walker.collect(run.plan, starts_GCHW, conditioning, noise)
+        rollouts = _roll_out(run, epoch, groups, conditioning, scoring)
     run.check_stop()
     with run.clock("scoring"):
-        scores = _score(run, rollouts.latents_NCHW, groups)
+        scores = scoring.wait()
     run.check_stop()
     with run.clock("update"):
         combined, mine = _combine(run, rollouts, scores, groups)
@@ -205,7 +209,24 @@ def _randomness(
     return torch.stack([draw(group, "start") for group in groups]), noise
 
 
-def _score(run: Run, latents_NCHW: Tensor, groups: Sequence[Group]) -> dict[str, Tensor]:
+def _roll_out(
+    run: Run, epoch: int, groups: Sequence[Group], conditioning: Conditioning, scoring: Scoring
+) -> Rollouts:
+    """Trajectories of all groups; what is finished is scored while the next ones are drawn."""
+    parts: list[Rollouts] = []
+    for index_G in torch.arange(len(groups)).split(run.groups_per_rollout or len(groups)):
+        some = [groups[i] for i in index_G.tolist()]
+        starts_GCHW, noise = _randomness(run, epoch, some)
+        part = run.walker.collect(run.plan, starts_GCHW, conditioning.rows(index_G), noise)
+        latents = part.latents_NCHW
+        scoring.submit(len(latents), partial(_score, run, latents, some))
+        parts.append(part)
+    return Rollouts.joined(parts)
+
+
+def _score(
+    run: Run, latents_NCHW: Tensor, groups: Sequence[Group], on_call: OnCall
+) -> dict[str, Tensor]:
     """Decode and score, a call's rows at a time, so that images never pile up."""
     owners = [group for group in groups for _ in range(run.plan.images_per_group)]
     at_a_time = run.walker.rows_per_call
@@ -221,6 +242,7 @@ def _score(run: Run, latents_NCHW: Tensor, groups: Sequence[Group]) -> dict[str,
                 [p.text for p in prompts],
                 [p.metadata for p in prompts],
                 groups=(rows // run.plan.draws).tolist(),
+                on_call=on_call,
             )
         )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -41,7 +42,7 @@ from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.origin import Origin, older_runs
 from tempflow_trainer.progress import ProgressServer
 from tempflow_trainer.retention import Retention
-from tempflow_trainer.rewards import registry
+from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
@@ -50,6 +51,8 @@ from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
+# Scoring of the last part is waited for, so more parts hide more; fewer have fuller calls.
+SERVED_PARTS = 8
 # What to change when the device's memory does not suffice, by the phase in which it did not.
 MEMORY_REMEDIES = {
     "start": "set spec.model.precision to bfloat16, spec.compute.textCacheMebibytes, or "
@@ -162,7 +165,17 @@ def build_run(
         half_range=spec.model.precision == "float16" and spec.model.lora is not None,
         clock=Stopwatch(),
         stop_requested=stop_requested,
+        groups_per_rollout=_groups_per_rollout(spec, ranks.world),
     )
+
+
+def _groups_per_rollout(spec: JobSpec, world: int) -> int | None:
+    """Parts only where scoring needs no processor of ours: drawing in parts costs a little."""
+    asked = spec.compute.groups_per_rollout
+    if asked is not None or not any(term.service for term in spec.rewards):
+        return asked
+    groups = spec.algorithm.prompts_per_epoch * spec.algorithm.seeds_per_prompt
+    return math.ceil(groups / world / SERVED_PARTS)
 
 
 def set_memory_savers(spec: JobSpec, model: FlowModel) -> None:
@@ -252,6 +265,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         store.probe()
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
+    remote.check(spec.rewards)
     cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
     model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")

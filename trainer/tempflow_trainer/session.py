@@ -136,6 +136,7 @@ class Session:
     def _epoch(self) -> None:
         self.run.ranks.agreed(lambda: self.saver.settle(0))
         before = dict(self.run.clock.seconds)
+        hidden = self.run.clock.hidden.get("scoring", 0.0)
         evaluations = self.evaluations
         try:
             metrics = run_epoch(self.run, self.epochs_done)
@@ -157,6 +158,7 @@ class Session:
                 "images": images,
                 "imagesPerSecond": images / max(sum(seconds.values()), 1e-9),
                 "seconds": seconds,
+                "scoringHiddenSeconds": self.run.clock.hidden.get("scoring", 0.0) - hidden,
                 "evaluations": {
                     purpose: count - evaluations.get(purpose, 0)
                     for purpose, count in self.evaluations.items()

@@ -84,6 +84,8 @@ _NO_TILES = _position("the digits family has no", "spec.compute.tiledDecode")
 _IN_STEP = _position("with shard", "spec.compute.strategy")
 _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
+_ATTEMPT_LONGER = _position("service.timeoutSeconds", "spec.rewards")
+_SERVED_PARAMETERS = _position("a reward with a service", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
 _BEST_METRIC = _position("is reward", "spec.checkpoint.keepBest.metric")
 _SHARED_SOURCE = _position("starts with s3://", "spec.initFrom.uri")
@@ -96,6 +98,7 @@ _ONE_SOURCE = _position("each has", "spec.compute.podTemplate.volumes")
 _OWN_PATHS = _position("are not mounted", "spec.compute.podTemplate.volumes")
 _ONE_CACHE = _position("has at most", "spec.modelCache")
 
+_SERVICE = {"endpoints": ["http://scorer:8090"]}
 _SD3 = {"model.family": "sd3", "model.source": "owner/name"}
 
 BREAKERS = (
@@ -155,6 +158,20 @@ BREAKERS = (
     ),
     Breaker(
         "reward twice", _REWARD_TWICE, {"rewards": [{"name": "digit-ink"}, {"name": "digit-ink"}]}
+    ),
+    Breaker(
+        "attempt longer than deadline",
+        _ATTEMPT_LONGER,
+        {"rewards": [{"name": "digit-ink", "service": _SERVICE | {"timeoutSeconds": 601.0}}]},
+    ),
+    Breaker(
+        "parameters of a served reward",
+        _SERVED_PARAMETERS,
+        {
+            "rewards": [
+                {"name": "digit-ink", "service": _SERVICE, "parameters": {"target": "0.3"}},
+            ]
+        },
     ),
     Breaker("nodes without store", _SHARED_STORE, {"compute.nodes": 2}),
     Breaker(

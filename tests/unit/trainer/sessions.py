@@ -19,7 +19,7 @@ from tests.numerics.toys import prompts_of, run_of
 
 Rows = list[dict[str, Any]]
 # What differs between two runs that learn the same.
-OF_THE_CLOCK = {"time", "seconds", "imagesPerSecond"}
+OF_THE_CLOCK = {"time", "seconds", "scoringHiddenSeconds", "imagesPerSecond"}
 
 
 def never() -> bool:
