@@ -76,7 +76,7 @@ def _velocity(walker: Walker, x_BCHW: Tensor, k: int, conditioning: Conditioning
         parts.append(
             walker.policy.velocity(
                 x_BCHW[rows], sigma_B, conditioning.rows(rows), purpose="rollout"
-            )
+            ).to(x_BCHW.device)
         )
     return torch.cat(parts)
 
@@ -148,7 +148,9 @@ class RepeatedForward:
         sigma_B = schedule.sigmas[step_B]
         return sde.step_mean(
             state_BCHW,
-            policy.velocity(state_BCHW, sigma_B.float(), conditioning, purpose=purpose),
+            policy.velocity(state_BCHW, sigma_B.float(), conditioning, purpose=purpose).to(
+                state_BCHW.device
+            ),
             sigma_B=sigma_B,
             dt_B=schedule.dt_T[step_B],
             diffusion_B=sde.diffusion_T(schedule, self.walker.noise_level)[step_B],

@@ -115,6 +115,23 @@ class SelfTest(Observed):
     """What a difference may be."""
 
 
+class Save(Observed):
+    """One checkpoint, a line of ``checkpoints.jsonl``, whether it could be stored or not."""
+
+    epoch: int
+    time: Timestamp
+    stall_seconds: float
+    """That training waited: for the copy in memory, and for the save before."""
+    stage_seconds: float
+    """Writing to local disk, with digests, beside the training."""
+    send_seconds: float
+    """From the first request to the one that makes it count, beside the training."""
+    bytes: int
+    folder: str | None
+    """Below the run's folder; None if it failed."""
+    error: str | None
+
+
 class BeforeAfter(Observed):
     """A figure of the model as it was, and as it is."""
 

@@ -40,6 +40,11 @@ def _groups_for_every_process(spec: JobSpec) -> bool:
     return groups >= compute.nodes * compute.processes_per_node
 
 
+def _best_metric_exists(spec: JobSpec) -> bool:
+    best = spec.checkpoint.keep_best
+    return best is None or best.metric in {"reward", *(term.name for term in spec.rewards)}
+
+
 # What the operator and torchrun set themselves.
 _OWN_VARIABLES = (
     "^((TEMPFLOW|PET|TORCHELASTIC|TORCH_ELASTIC)_.*"
@@ -115,6 +120,16 @@ RULES: tuple[Rule, ...] = (
         "has(self.data.prompts) != has(self.data.promptsFile)",
         "exactly one of prompts and promptsFile is given",
         lambda spec: (spec.data.prompts is not None) != (spec.data.prompts_file is not None),
+    ),
+    Rule(
+        "spec.data.promptsConfigMap",
+        "!has(self.data.promptsConfigMap) || (has(self.data.promptsFile) && "
+        "self.data.promptsFile.matches('^[-._a-zA-Z0-9]+$'))",
+        "promptsFile is then a key of that ConfigMap, for instance prompts.txt",
+        lambda spec: (
+            spec.data.prompts_config_map is None
+            or re.fullmatch("[-._a-zA-Z0-9]+", spec.data.prompts_file or "") is not None
+        ),
     ),
     Rule(
         "spec.sampling.width",
@@ -247,6 +262,23 @@ RULES: tuple[Rule, ...] = (
         lambda spec: spec.compute.nodes == 1 or (spec.checkpoint.uri or "").startswith("s3://"),
     ),
     Rule(
+        "spec.checkpoint.keepBest.metric",
+        "!has(self.checkpoint.keepBest) || self.checkpoint.keepBest.metric == 'reward' || "
+        "self.rewards.exists(r, r.name == self.checkpoint.keepBest.metric)",
+        "is reward, or the name of one of spec.rewards",
+        _best_metric_exists,
+    ),
+    Rule(
+        "spec.initFrom.uri",
+        "!has(self.initFrom) || self.compute.nodes == 1 || self.initFrom.uri.startsWith('s3://')",
+        "starts with s3:// when compute.nodes is above 1: the nodes share no disk",
+        lambda spec: (
+            spec.init_from is None
+            or spec.compute.nodes == 1
+            or spec.init_from.uri.startswith("s3://")
+        ),
+    ),
+    Rule(
         "spec.compute.gpusPerProcess",
         "self.compute.device != 'cuda' || !has(self.compute.gpusPerProcess) "
         "|| self.compute.gpusPerProcess >= 1",
@@ -336,6 +368,11 @@ FIELD_MUTABILITY: dict[str, Mutability] = {
     "spec.guard": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.everyEpochs": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.keepLast": Mutability.MUTABLE,
+    "spec.checkpoint.keepEvery": Mutability.MUTABLE,
+    "spec.checkpoint.keepBest": Mutability.MUTABLE,
+    "spec.checkpoint.saveTimeoutSeconds": Mutability.WHILE_SUSPENDED,
+    "spec.checkpoint.maxWaitSeconds": Mutability.WHILE_SUSPENDED,
+    "spec.checkpoint.maxFailedSaves": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.endpointUrl": Mutability.WHILE_SUSPENDED,
     "spec.compute": Mutability.WHILE_SUSPENDED,
     "spec.modelCache": Mutability.WHILE_SUSPENDED,

@@ -86,6 +86,9 @@ class Data(Section):
     """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), JSON lines
     (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata, or the
     folder of one split of a dataset that ``datasets`` has saved to disk, with such columns."""
+    prompts_config_map: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """On a cluster, a ConfigMap in the job's namespace whose key ``promptsFile`` is the file;
+    ``tempflow submit`` makes it of a local file."""
     shuffle: bool = True
     """Draw the prompts of each pass in a new random order; else in the order of the file."""
 
@@ -291,6 +294,15 @@ class Guard(Section):
     """One more ends the run."""
 
 
+class KeepBest(Section):
+    """Checkpoints that evaluate best."""
+
+    metric: Name = "reward"
+    """``reward``, or the name of one of ``spec.rewards``, also of one that is held out."""
+    count: Annotated[int, Field(ge=1, le=100)] = 1
+    """The result is usually the best one."""
+
+
 class Checkpoint(Section):
     """What survives the processes: the state to continue from, and the result."""
 
@@ -317,6 +329,32 @@ class Checkpoint(Section):
     keep_last: Annotated[int, Field(ge=2, le=1000)] = 2
     """Older checkpoints are deleted once a new one is complete. At least two, so that a damaged
     one has a predecessor."""
+    keep_every: PositiveInt | None = None
+    """Also keep those after a multiple of so many epochs, to look back."""
+    keep_best: KeepBest | None = None
+    """Also keep those with the highest mean of a metric, among those whose epoch was evaluated:
+    let ``evaluation.everyEpochs`` and ``everyEpochs`` fall together."""
+    save_timeout_seconds: Annotated[int, Field(ge=10, le=86_400)] = 1800
+    """A save that takes longer is given up and counts as failed. Half an hour is a full fine-tune
+    of 30 GB at 17 MB/s."""
+    max_wait_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+    """Saves run beside the training, one at a time. When the next one is due, training waits so
+    long for the one before; then the new one is skipped, and counts as failed."""
+    max_failed_saves: Annotated[int, Field(ge=1, le=1000)] = 3
+    """So many failed saves in a row end the run, with exit code 92: its progress would be lost
+    with the next fault."""
+
+
+class InitFrom(Section):
+    """A start from what another run has learned."""
+
+    uri: Uri
+    """Folder of a run, of which the newest checkpoint is taken, or of one checkpoint: a local path
+    or ``s3://``, in the store that ``spec.checkpoint`` describes. It is only read, and only by a
+    run that has no checkpoint of its own yet."""
+    mode: Literal["resume", "weights"] = "weights"
+    """``weights`` begins at epoch 0 with the averaged weights, as they were evaluated, and a new
+    optimizer; ``resume`` goes on with all of the state, counting on from its epoch."""
 
 
 class Compute(Section):
@@ -388,6 +426,9 @@ class RunPolicy(Section):
 
     suspend: bool = False
     """Stop after a checkpoint and hold no resources until it is false again."""
+    cancel: bool = False
+    """Stop after a checkpoint and end the job as failed, for good; its records and checkpoints
+    stay. Setting it to false again does not bring the job back."""
     queue: (
         Annotated[
             str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
@@ -450,6 +491,8 @@ class JobSpec(Section):
     self_test: SelfTest = SelfTest()
     guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
+    init_from: InitFrom | None = None
+    """Absent: the run starts from the model itself."""
     compute: Compute
     model_cache: ModelCache = ModelCache()
     run_policy: RunPolicy = RunPolicy()

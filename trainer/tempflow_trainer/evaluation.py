@@ -10,10 +10,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tempflow_api.errors import RewardFailed
+from tempflow_api.record import Evaluation as EvaluationLine
+from tempflow_api.record import Spread
 from tempflow_trainer import seeds
 from tempflow_trainer.algorithm.combination import total_GSK
 from tempflow_trainer.data import Prompt
 from tempflow_trainer.distributed import Ranks
+from tempflow_trainer.metrics import now
 from tempflow_trainer.rewards.base import Reward
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.scoring import Scoring
@@ -146,3 +149,36 @@ def write_grid(images_PM3HW: Tensor, labels: Sequence[str], file: Path) -> None:
     partial = file.with_suffix(".partial")
     grid.save(partial, format="PNG", optimize=True)
     partial.replace(file)
+
+
+def line_of(epoch: int, found: Evaluation, grid: str | None) -> EvaluationLine:
+    """An evaluation as it is recorded."""
+    spreads = {
+        name: Spread(**_moments(values))
+        for name, values in found.scores.items()
+        if bool(values.isfinite().any())
+    }
+    total = _moments(found.total)
+    return EvaluationLine(
+        epoch=epoch,
+        time=now(),
+        reward=total["mean"],
+        reward_std=total["std"],
+        rewards=spreads,
+        missing_scores={name: int(v.isnan().sum()) for name, v in found.scores.items()},
+        diversity=found.diversity,
+        images=len(found.total),
+        grid=grid,
+    )
+
+
+def means_of(line: EvaluationLine) -> dict[str, float]:
+    """Means by name, as a checkpoint's manifest has them."""
+    found = {"reward": line.reward, **{name: s.mean for name, s in line.rewards.items()}}
+    return {name: mean for name, mean in found.items() if math.isfinite(mean)}
+
+
+def _moments(values: Tensor) -> dict[str, float]:
+    """Of the scores that are there."""
+    there = values[values.isfinite()]
+    return {"mean": float(there.mean()), "std": float(there.std(correction=0))}

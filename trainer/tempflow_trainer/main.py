@@ -23,7 +23,7 @@ from tempflow_api.errors import (
     TempFlowError,
 )
 from tempflow_api.rules import broken_rules
-from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
+from tempflow_api.v1alpha1 import Checkpoint, JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import branching, sde, weighting
 from tempflow_trainer.algorithm.advantages import AdvantageRule
@@ -39,7 +39,9 @@ from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy, TextEncoder
 from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
+from tempflow_trainer.origin import Origin, older_runs
 from tempflow_trainer.progress import ProgressServer
+from tempflow_trainer.retention import Retention
 from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
@@ -229,6 +231,17 @@ def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
     )
 
 
+def retention_of(settings: Checkpoint) -> Retention:
+    """Which checkpoints a run keeps."""
+    best = settings.keep_best
+    return Retention(
+        settings.keep_last,
+        settings.keep_every,
+        best_metric=best.metric if best else "reward",
+        best_count=best.count if best else 0,
+    )
+
+
 def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]) -> None:
     """Everything that a rank does; raises what ends it other than success."""
     spec, environment = job.spec, os.environ
@@ -245,6 +258,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         raise StoreUnavailable(f"cannot write to {work}: {error.strerror}") from error
     run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
     store = open_store(spec.checkpoint, run_id, work.parent)
+    runs, _, run_folder = run_id.rpartition("/")
     if spec.compute.preflight:
         preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
     elif ranks.is_first:
@@ -265,10 +279,13 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
             staging,
             int(environment.get(naming.ENV_ATTEMPT, "0")),
             ranks.world,
-            spec.checkpoint.keep_last,
+            retention_of(spec.checkpoint),
+            spec.checkpoint.save_timeout_seconds,
         ),
         record=record,
         announce=server.announce if server else lambda _progress: None,
+        origin=Origin.of(spec.init_from, spec.checkpoint, staging) if spec.init_from else None,
+        older_runs=lambda: older_runs(open_store(spec.checkpoint, runs, work.parent), run_folder),
         run_id=run_id,
         tracking=Tracking.of(spec, job.metadata.name, work) if ranks.is_first else Tracking(),
     ).train()

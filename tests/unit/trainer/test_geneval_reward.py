@@ -75,7 +75,8 @@ def test_relations_that_one_sees() -> None:
 
 def reference(task: dict[str, Any], objects: dict[str, list[Found]], paint: Any) -> list[float]:
     """[official, partial, strict] by the published code's own steps."""
-    right, groups = True, []
+    right = True
+    groups: list[list[Found] | None] = []
     for want in task["include"]:
         matched, found = True, objects.get(want["class"], [])[: want["count"]]
         if len(found) < want["count"]:
@@ -284,7 +285,7 @@ def test_colours_by_a_zero_shot_classifier(folders: tuple[Path, Path]) -> None:
             features = model.text_projection(model.text_model(**tokens)[1])
         features = torch.nn.functional.normalize(features).mean(0)
         directions.append(features / features.norm())
-    crops = [image.crop(tuple(map(int, one.box))) for one in objects]
+    crops = [image.crop(one.box) for one in objects]
     pixels = processor(images=crops, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         seen = model.visual_projection(model.vision_model(pixel_values=pixels)[1])

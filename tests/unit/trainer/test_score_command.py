@@ -127,16 +127,9 @@ def test_an_unknown_reward_lists_those_that_exist(pictures: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_shell(pictures: list[str], tmp_path: Path) -> None:
-    def tempflow(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tempflow", "rewards", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-
-    done = tempflow(
-        "score", pictures[0], "--reward", "jpeg-incompressibility", "--prompt=-x", "-o", "json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["scores"][0]["score"] > 0.3
-    failed = tempflow("score", "gone.png", "--reward=ocr", "--prompt=a")
-    assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith("error: tempflow rewards score: gone.png: cannot be read")
+def test_a_mistake_from_the_shell(tmp_path: Path) -> None:
+    words = ["rewards", "score", "gone.png", "--reward=ocr", "--prompt=-x"]
+    command = [sys.executable, "-m", "tempflow", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: tempflow rewards score: gone.png: cannot be read")

@@ -22,14 +22,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from safetensors import SafetensorError
 
 from tempflow_api.errors import ModelUnavailable
-from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models.download import fetch
 
 BUILTIN = "builtin:"
 INDEX = "model_index.json"
 
 
-def locate(model: Model, cache: Path) -> str:
+def locate(source: str, cache: Path) -> str:
     """A local folder with the model's files, or the hub id to ask diffusers for.
 
     ``s3://`` prefixes are copied below ``cache`` first; a copy that is already there is used.
@@ -37,7 +36,6 @@ def locate(model: Model, cache: Path) -> str:
     Raises:
         ModelUnavailable: a folder or prefix that does not exist or is empty.
     """
-    source = model.source
     if source.startswith(BUILTIN):
         return str(files("tempflow_trainer") / "assets" / source.removeprefix(BUILTIN))
     if source.startswith("s3://"):

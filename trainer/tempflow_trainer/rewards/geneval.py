@@ -75,9 +75,9 @@ def task_of(prompt: str, metadata: Mapping[str, object], classes: frozenset[str]
             f"the metadata of prompt {prompt!r} is no task of GenEval: {place}: {first['msg']}; "
             'expected include: [{"class": ..., "count": ...}] in its line of a .jsonl file'
         ) from error
-    for entry in (*task.include, *task.exclude):
-        if entry.name not in classes:
-            raise ValueError(f"prompt {prompt!r}: the detector knows no class {entry.name!r}")
+    for name in [entry.name for entry in task.include] + [entry.name for entry in task.exclude]:
+        if name not in classes:
+            raise ValueError(f"prompt {prompt!r}: the detector knows no class {name!r}")
     for index, requirement in enumerate(task.include):
         if requirement.position and not 0 <= requirement.position[1] < index:
             raise ValueError(f"prompt {prompt!r}: include.{index}.position names no earlier entry")

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tempflow_api.errors import ModelUnavailable
-from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models import source as models
 from tempflow_trainer.rewards.base import Place
 
@@ -91,7 +90,7 @@ def _file(source: str, file: str, revision: str, place: Place) -> Path:
 
 def _locate(source: str, place: Place) -> str:
     try:
-        return models.locate(Model.model_construct(source=source), place.cache)
+        return models.locate(source, place.cache)
     except ModelUnavailable as error:
         raise ModelUnavailable(str(error).removeprefix("spec.model.source: ")) from error
 
