@@ -14,7 +14,7 @@
       pins/step-0000000120-attempt-000001.json     create-only: keep this one
       LATEST.json                    a hint for people; nothing reads it to decide
       record/                        metrics.jsonl, evaluations.jsonl, checkpoints.jsonl,
-                                     grids/, summary.json
+                                     grids/, self-test.json, summary.json
 
 A folder is written once and never changed; the step counts completed epochs.
 
@@ -44,6 +44,7 @@ METRICS = f"{RECORD}/metrics.jsonl"
 EVALUATIONS = f"{RECORD}/evaluations.jsonl"
 SAVES = f"{RECORD}/checkpoints.jsonl"
 SUMMARY = f"{RECORD}/summary.json"
+SELF_TEST = f"{RECORD}/self-test.json"
 PROGRESS = f"{RECORD}/progress.json"
 GRIDS = f"{RECORD}/grids"
 ADAPTER = "adapter"

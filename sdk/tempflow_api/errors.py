@@ -13,6 +13,8 @@ TempFlowError
  ├─ AddressInUse         a port that the run needs is taken
  ├─ TrainingDiverged     loss or gradients are not finite
  ├─ PreflightFailed      a check before training found the pod unfit
+ ├─ SelfTestFailed       the model does not do what the loss takes for granted
+ ├─ TrainingCollapsed    the guard was told to stop, or has rolled back often enough
  └─ Preempted            asked to stop; the state is committed
 """
 
@@ -40,7 +42,9 @@ class ExitCode(IntEnum):
     CHECKPOINT_CORRUPT = 89
     RANK_DIED = 90
     PREFLIGHT = 91
-    UNCOMMITTED = 92
+    SELF_TEST = 92
+    COLLAPSED = 93
+    UNCOMMITTED = 94
     INTERRUPTED = 130
 
 
@@ -54,6 +58,8 @@ PERMANENT = frozenset(
         ExitCode.CONFIG_CHANGED,
         ExitCode.STORE,
         ExitCode.CHECKPOINT_CORRUPT,
+        ExitCode.SELF_TEST,
+        ExitCode.COLLAPSED,
     }
 )
 """Codes after which a further attempt would end the same way."""
@@ -143,6 +149,14 @@ class PreflightFailed(TempFlowError):
 
 class TrainingDiverged(TempFlowError):
     exit_code = ExitCode.DIVERGED
+
+
+class SelfTestFailed(TempFlowError):
+    exit_code = ExitCode.SELF_TEST
+
+
+class TrainingCollapsed(TempFlowError):
+    exit_code = ExitCode.COLLAPSED
 
 
 class Preempted(TempFlowError):

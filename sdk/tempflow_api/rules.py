@@ -83,6 +83,17 @@ def _equal_shares(spec: JobSpec) -> bool:
     return not sharded or groups % (compute.nodes * compute.processes_per_node) == 0
 
 
+def _evaluation_size_fits(spec: JobSpec) -> bool:
+    digits = spec.model.family == "digits"
+    sizes = (spec.evaluation.width, spec.evaluation.height)
+    return all(size is None or (size == 14 if digits else size % 16 == 0) for size in sizes)
+
+
+_SIZE_OF_EVALUATION = " && ".join(
+    f"(!has(self.evaluation.{side}) || (self.model.family == 'digits' "
+    f"? self.evaluation.{side} == 14 : self.evaluation.{side} % 16 == 0))"
+    for side in ("width", "height")
+)
 _DIVISIBLE = "self.sampling.width % 16 == 0 && self.sampling.height % 16 == 0"
 
 # All scopes are the spec: the API server's cost estimate stays far below its limit, and a rule
@@ -128,6 +139,13 @@ RULES: tuple[Rule, ...] = (
             spec.model.family != "digits"
             or (spec.sampling.width == 14 and spec.sampling.height == 14)
         ),
+    ),
+    Rule(
+        "spec.evaluation.width",
+        _SIZE_OF_EVALUATION,
+        "width and height of an evaluation are those that the family can draw: 14 x 14 for digits, "
+        "multiples of 16 for the others",
+        _evaluation_size_fits,
     ),
     Rule(
         "spec.algorithm.branchSteps",
@@ -317,6 +335,8 @@ FIELD_MUTABILITY: dict[str, Mutability] = {
     "spec.algorithm.epochs": Mutability.WHILE_SUSPENDED,
     "spec.optimizer.learningRate": Mutability.WHILE_SUSPENDED,
     "spec.evaluation.everyEpochs": Mutability.WHILE_SUSPENDED,
+    "spec.selfTest": Mutability.WHILE_SUSPENDED,
+    "spec.guard": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.everyEpochs": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.keepLast": Mutability.MUTABLE,
     "spec.checkpoint.keepEvery": Mutability.MUTABLE,

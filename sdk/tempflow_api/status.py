@@ -72,6 +72,10 @@ class Progress(Observed):
     images_per_second: Finite | None = None
     """Images drawn and scored, over the last epoch."""
     eta_seconds: Finite | None = None
+    alarms: Annotated[list[Text], Field(max_length=16)] = []
+    """What the guard found wrong with the last epoch or evaluation."""
+    rollbacks: Count = 0
+    """How often the guard went back to a checkpoint."""
     checkpoint_epoch: Count | None = None
     """Epochs completed in the last complete checkpoint."""
     checkpoint_uri: Uri | None = None

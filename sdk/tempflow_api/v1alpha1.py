@@ -211,6 +211,13 @@ class Evaluation(Section):
     """Also before the first epoch and after the last."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 40
     """Denoising steps, all deterministic."""
+    width: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels; those of ``sampling`` if absent."""
+    height: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels; those of ``sampling`` if absent."""
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = None
+    """That of ``sampling`` if absent. Training without guidance wants an evaluation without it,
+    too; pictures for people may want more."""
     prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
     """At most so many of the prompts, from the top of the list."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
@@ -223,6 +230,46 @@ class KeepBest(Section):
     """``reward``, or the name of one of ``spec.rewards``, also of one that is held out."""
     count: Annotated[int, Field(ge=1, le=100)] = 1
     """The result is usually the best one."""
+
+
+class SelfTest(Section):
+    """A test of model, precision and shapes before the first epoch; it changes nothing."""
+
+    enabled: bool = True
+    """It costs a trajectory and a few calls of the network."""
+    log_prob_tolerance: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """Most that a log-probability may depend on how many rows a call has, as a share of
+    ``algorithm.clipRange``. At a tenth the clip still means what it says; beyond that the run
+    does not start."""
+
+
+class Guard(Section):
+    """Alarms about a run that is going wrong, after every epoch and evaluation. At 0 a signal is
+    not watched."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """``warn`` tells it in log, metrics and progress. ``stop`` ends the run. ``rollback`` goes
+    back to the newest checkpoint, which no alarm preceded, with a smaller learning rate."""
+    ratio_drift: Annotated[float, Field(ge=0, le=1e9)] = 10.0
+    """Alarm when the mean of |ratio - 1| is more than so many times the clip range: steps are too
+    long, or the range is not made for latents of this size. With one update an epoch the ratio
+    is always 1, and the other signals have to do."""
+    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 10.0
+    """Alarm when the gradient norm before clipping is more than so many times its median over
+    the last 20 epochs; it usually stays within twice."""
+    zero_spread_share: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Alarm when the share of groups without spread is at least this, three epochs in a row:
+    there is nothing left to learn from, or all images are alike."""
+    reward_drop: Annotated[float, Field(ge=0, le=1e9)] = 3.0
+    """Alarm when the reward of an epoch is below that of the first epoch by more than so many of
+    the first epoch's standard deviations."""
+    held_out_drop: Annotated[float, Field(ge=0, le=1e9)] = 1.0
+    """Alarm when a held-out reward is below its first evaluation by more than so many of its
+    standard deviations then: the trained reward is being hacked."""
+    learning_rate_factor: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Multiplies the learning rate at each rollback: the same steps would end the same way."""
+    max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 3
+    """One more ends the run."""
 
 
 class Checkpoint(Section):
@@ -263,7 +310,7 @@ class Checkpoint(Section):
     """Saves run beside the training, one at a time. When the next one is due, training waits so
     long for the one before; then the new one is skipped, and counts as failed."""
     max_failed_saves: Annotated[int, Field(ge=1, le=1000)] = 3
-    """So many failed saves in a row end the run, with exit code 92: its progress would be lost
+    """So many failed saves in a row end the run, with exit code 94: its progress would be lost
     with the next fault."""
 
 
@@ -369,11 +416,27 @@ class RunPolicy(Section):
     """Between the request to stop and the kill: time for a last checkpoint."""
 
 
+class Wandb(Section):
+    """A run of Weights & Biases. The key comes from the environment or ``compute.secretName``, as
+    ``WANDB_API_KEY``."""
+
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "tempflow"
+    """Where the run is listed."""
+    entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Team or user; the key's own if absent."""
+    mode: Literal["online", "offline"] = "online"
+    """``offline`` writes below ``record/wandb``, to be sent by ``wandb sync``."""
+
+
 class Tracking(Section):
     """What is recorded beside the metrics, which always go to ``record/metrics.jsonl``."""
 
     image_grids: bool = True
     """Write a picture of each evaluation to ``record/grids``."""
+    tensorboard: bool = False
+    """Write event files to ``record/tensorboard``; needs the extra ``tensorboard``."""
+    wandb: Wandb | None = None
+    """Follow the run in Weights & Biases; needs the extra ``wandb``."""
 
 
 class JobSpec(Section):
@@ -387,6 +450,8 @@ class JobSpec(Section):
     """Scorers, by unique name; at least one with a weight."""
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
+    self_test: SelfTest = SelfTest()
+    guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
     init_from: InitFrom | None = None
     """Absent: the run starts from the model itself."""

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from tempflow_api.errors import (
 )
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import Checkpoint, JobSpec, TempFlowGRPOJob
-from tempflow_trainer import distributed, preflight
+from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import branching, sde, weighting
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.checkpoint import Checkpoints
@@ -45,6 +46,7 @@ from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import open_store
+from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -189,15 +191,27 @@ def _optimizer(spec: JobSpec, tuning: Tuning) -> torch.optim.Optimizer:
 
 
 def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
-    """Deterministic sampling with the evaluation's own number of steps."""
-    sampling = spec.sampling
-    schedule = run.policy.model.schedule(spec.evaluation.steps, sampling.height, sampling.width)
+    """Deterministic sampling with the evaluation's own steps, size and guidance."""
+    sampling, evaluation, model = spec.sampling, spec.evaluation, run.policy.model
+    height, width = evaluation.height or sampling.height, evaluation.width or sampling.width
+    policy = run.policy
+    if evaluation.guidance_scale not in (None, sampling.guidance_scale):
+        guided = Policy.of(
+            model,
+            guidance_scale=float(evaluation.guidance_scale or 1),
+            negative_prompt=sampling.negative_prompt,
+            device=policy.device,
+            text=policy.text,
+            rows_per_decode=policy.rows_per_decode,
+        )
+        policy = replace(guided, evaluations=policy.evaluations)  # one count for the run
+    schedule = model.schedule(evaluation.steps, height, width)
     return Evaluator(
-        walker=Walker(run.policy, schedule, sampling.noise_level, spec.compute.rows_per_call),
+        walker=Walker(policy, schedule, sampling.noise_level, spec.compute.rows_per_call),
         reward=run.reward,
-        prompts=prompts[: spec.evaluation.prompts],
-        images_per_prompt=spec.evaluation.images_per_prompt,
-        latent_shape=run.latent_shape,
+        prompts=prompts[: evaluation.prompts],
+        images_per_prompt=evaluation.images_per_prompt,
+        latent_shape=model.latent_shape(height, width),
         run_seed=spec.algorithm.seed,
         ranks=run.ranks,
         equal_shares=run.tuning.sharded,
@@ -219,6 +233,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
     """Everything that a rank does; raises what ends it other than success."""
     spec, environment = job.spec, os.environ
     work = Path(environment[naming.ENV_WORK_DIR])
+    tracking.require(spec.tracking)
     server = None
     if ranks.is_first and environment.get(naming.ENV_PROGRESS_PORT):
         server = ProgressServer(int(environment[naming.ENV_PROGRESS_PORT]))
@@ -258,6 +273,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         origin=Origin.of(spec.init_from, spec.checkpoint, staging) if spec.init_from else None,
         older_runs=lambda: older_runs(open_store(spec.checkpoint, runs, work.parent), run_folder),
         run_id=run_id,
+        tracking=Tracking.of(spec, job.metadata.name, work) if ranks.is_first else Tracking(),
     ).train()
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,27 +12,34 @@ import torch
 from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import ConfigChanged, ModelUnavailable, Preempted, TempFlowError, of_code
+from tempflow_api.errors import (
+    ModelUnavailable,
+    Preempted,
+    SelfTestFailed,
+    TempFlowError,
+    TrainingCollapsed,
+    TrainingDiverged,
+)
 from tempflow_api.record import Evaluation as EvaluationLine
-from tempflow_api.record import Metrics, Spread
-from tempflow_api.record import Save as SaveLine
-from tempflow_api.rules import Mutability, changed_fields, mutability_of
+from tempflow_api.record import Metrics, SelfTest, Spread
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import checkpoint, sharding
+from tempflow_trainer import checkpoint, selftest, sharding
 from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.commits import WAIT_SECONDS, Commits
 from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
+from tempflow_trainer.guard import WINDOW, Guard
 from tempflow_trainer.loop import Run, run_epoch
 from tempflow_trainer.metrics import Record, now
 from tempflow_trainer.origin import Origin
-from tempflow_trainer.saving import Save, Saver
+from tempflow_trainer.stored_run import StoredRun
 from tempflow_trainer.summary import summarise
+from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 60.0
-END_SECONDS = 25
-"""Of the time between the request to stop and the kill: for the launcher and for what ends."""
+ROLLBACKS = "guard.rollbacks"
+"""Among the totals of a run."""
 
 
 @dataclass
@@ -47,15 +53,14 @@ class Session:
     record: Record
     announce: Callable[[Progress], None]
     """Told of every change of progress, on rank 0."""
+    run_id: str = ""
+    """Which run's progress it is, for whoever asks at this address."""
     origin: Origin | None = None
     """What a run without a checkpoint of its own starts from."""
     older_runs: Callable[[], list[str]] = list
     """Where other runs of the same name lie."""
-    run_id: str = ""
-    """Which run's progress it is, for whoever asks at this address."""
+    tracking: Tracking = field(default_factory=Tracking)
     epochs_done: int = 0
-    committed: int | None = None
-    committed_uri: str | None = None
     images: int = 0
     evaluations: dict[str, int] = field(default_factory=dict)
     """Rows of the network by purpose, over all ranks, which need not have equal shares."""
@@ -63,19 +68,31 @@ class Session:
     """Totals of the processes before this one."""
     last: Metrics | None = None
     last_evaluation: EvaluationLine | None = None
-    saver: Saver = field(init=False)
-    _sent: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Files of the record that the store has, by size and time of change."""
+    alarms: list[str] = field(default_factory=list)
+    """Of the last epoch and evaluation."""
+    rolled_back: int = 0
+    """Times that this process went back."""
 
     def __post_init__(self) -> None:
-        settings = self.spec.checkpoint
-        self.saver = Saver(
+        """The guard of this run, and what it stores."""
+        held_out = tuple(t.name for t in self.evaluator.reward.terms if t.weight == 0)
+        self.guard = Guard(self.spec.guard, self.spec.algorithm.clip_range, held_out)
+        self.stored = StoredRun(self.checkpoints.store, self.record)
+        self.commits = Commits(
+            self.spec,
+            self.run.ranks,
             self.checkpoints,
-            wait_seconds=settings.max_wait_seconds,
-            most_failures=settings.max_failed_saves,
-            on_end=self._saved,
-            after=self._store_record,
+            self.record,
+            copy=self._state,
+            export=self._export,
+            send_record=self.stored.send,
+            announce=self._publish,
         )
+
+    @property
+    def rollbacks(self) -> int:
+        """Of the whole run."""
+        return self.rolled_back + int(self.earlier.get(ROLLBACKS, 0))
 
     def train(self) -> None:
         """Run what is left to do.
@@ -85,27 +102,78 @@ class Session:
         """
         self.run.clock.on_phase = self._on_phase
         self._resume()
+        self._self_test()
+        self.tracking.begin(self.epochs_done or -1)
         try:
-            if self.epochs_done == 0 or self.committed is None:
+            self._to_the_end()
+        finally:
+            self.tracking.end()
+
+    def _to_the_end(self) -> None:
+        try:
+            fresh = self.commits.step is None
+            if self.epochs_done == 0 or fresh:
                 self._evaluate()
+                if self.spec.guard.action == "rollback" and fresh:
+                    self._save()  # there is always a place to go back to
             while self.epochs_done < self.spec.algorithm.epochs:
                 self._epoch()
         except Preempted:
-            told = self._commit_in_time()
+            with self.run.clock("checkpoint"):
+                told = self.commits.in_time(self.epochs_done, self._figures())
             raise Preempted(told) from None
         except Exception:
             # What ended the run does not concern a checkpoint that is on its way.
             with suppress(TempFlowError):
-                self.saver.settle(WAIT_SECONDS)
+                self.commits.saver.settle(WAIT_SECONDS)
             raise
-        self._complete()
+        with self.run.clock("checkpoint"):
+            self.commits.complete(self.epochs_done, self._figures())
         self._finish()
 
+    def _self_test(self) -> None:
+        """Once for a configuration: its report is kept with the run.
+
+        Raises:
+            SelfTestFailed: on every rank.
+        """
+        if not self.spec.self_test.enabled or self.run.ranks.on_first(self._self_tested):
+            return
+        report = selftest.examine(self.run, self.evaluator.reward, self.spec)
+        problem = selftest.problem(report)
+        self.run.ranks.on_first(lambda: self._keep(report, problem))
+        if problem:
+            raise SelfTestFailed(f"self-test: {problem}")
+
+    def _keep(self, report: SelfTest, problem: str | None) -> str:
+        self.record.write(layout.SELF_TEST, report.model_dump_json(by_alias=True, indent=1))
+        self.stored.send()
+        log.info(
+            "self-test %s: log-probabilities differ by %.2g between rollout and update, by "
+            "%.2g for one row alone (at most %.2g)",
+            "failed" if problem else "passed",
+            report.rollout_difference,
+            report.one_row_difference,
+            report.bound,
+        )
+        return ""
+
+    def _self_tested(self) -> str:
+        known = self.record.read(layout.SELF_TEST, SelfTest)
+        same = known is not None and known.configuration == selftest.configuration_of(self.spec)
+        return "passed" if known and same and selftest.problem(known) is None else ""
+
     def _epoch(self) -> None:
-        self._on_first(self._look_after_saves)
+        self.commits.look()
         before = dict(self.run.clock.seconds)
         evaluations = self.evaluations
-        metrics = run_epoch(self.run, self.epochs_done)
+        try:
+            metrics = run_epoch(self.run, self.epochs_done)
+        except TrainingDiverged as error:
+            if self.spec.guard.action != "rollback":
+                raise
+            self._heed([str(error)])
+            return
         self.epochs_done += 1
         self._count_evaluations()
         images = self._images_per_epoch()
@@ -123,10 +191,14 @@ class Session:
                     purpose: count - evaluations.get(purpose, 0)
                     for purpose, count in self.evaluations.items()
                 },
+                "rollbacks": self.rollbacks,
             }
         )
+        self.alarms = self.guard.epoch(self.last)
+        self.last = self.last.model_copy(update={"alarms": self.alarms})
         if self.run.ranks.is_first:
             self.record.append(layout.METRICS, self.last)
+            self.tracking.epoch(self.last)
             log.info(
                 "epoch %d of %d: reward %.4f, %.0f images/s",
                 self.epochs_done,
@@ -142,9 +214,80 @@ class Session:
                 )
         last = self.epochs_done == self.spec.algorithm.epochs
         if last or self.epochs_done % self.spec.evaluation.every_epochs == 0:
-            self._evaluate()
+            self.alarms = [*self.alarms, *self._evaluate()]
+        if self.alarms and self._heed(self.alarms):
+            return
         if last or self.epochs_done % self.spec.checkpoint.every_epochs == 0:
             self._save()
+
+    def _heed(self, alarms: list[str]) -> bool:
+        """Act upon alarms as ``spec.guard`` says; whether the run went back.
+
+        Raises:
+            TrainingCollapsed: it says stop, or the run went back often enough.
+        """
+        guard, said = self.spec.guard, "; ".join(alarms)
+        if self.run.ranks.is_first:
+            log.warning("alarm after %d epochs: %s", self.epochs_done, said)
+        if guard.action == "warn":
+            return False
+        advice = "lower spec.optimizer.learningRate, or set spec.guard.action: warn to go on"
+        if guard.action == "stop" or self.rollbacks == guard.max_rollbacks:
+            self._on_phase("update")
+            tries = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
+            raise TrainingCollapsed(
+                f"the guard stopped the run at epoch {self.epochs_done}{tries}: {said}; {advice}"
+            )
+        self._roll_back()
+        return True
+
+    def _roll_back(self) -> None:
+        """Go on from the newest checkpoint, more slowly, and commit that at once: a crash after it
+        must not go back to the higher rate."""
+        self.commits.settle()
+        found = self.run.ranks.on_first(lambda: self.checkpoints.newest_sound() or "")
+        earlier = self.earlier
+        self._restore(self.checkpoints.load(found), f"{self.checkpoints.store.uri}/{found}")
+        self.earlier = earlier  # what was thrown away has been computed, too
+        self.rolled_back += 1
+        self._set_learning_rate()
+        if self.run.ranks.is_first:
+            self.record.cut_back(self.epochs_done)
+            self.tracking.begin(self.epochs_done)
+            log.warning(
+                "went back to epoch %d, rollback %d of %d; the learning rate is %.3g now",
+                self.epochs_done,
+                self.rollbacks,
+                self.spec.guard.max_rollbacks,
+                self.run.optimizer.param_groups[0]["lr"],
+            )
+        self._remind_guard()
+        self._save()
+        self.commits.settle()
+
+    def _set_learning_rate(self) -> None:
+        factor = self.spec.guard.learning_rate_factor**self.rollbacks
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = self.spec.optimizer.learning_rate * factor
+
+    def _remind_guard(self) -> None:
+        """Tell the guard of every rank what rank 0 has recorded."""
+        said = ""
+        if self.run.ranks.is_first:
+            epochs = self.record.lines(layout.METRICS, Metrics)
+            evaluations = self.record.lines(layout.EVALUATIONS, EvaluationLine)
+            kept = [*epochs[:1], *epochs[1:][-WINDOW:]]
+            said = json.dumps(
+                [
+                    [line.model_dump(mode="json", by_alias=True) for line in lines]
+                    for lines in (kept, evaluations[:1])
+                ]
+            )
+        told, first = json.loads(self.run.ranks.from_first(said))
+        self.guard.remember(
+            [Metrics.model_validate(line) for line in told],
+            [EvaluationLine.model_validate(line) for line in first],
+        )
 
     def _count_evaluations(self) -> None:
         own = self.run.policy.evaluations
@@ -157,114 +300,42 @@ class Session:
         groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt
         return groups * self.run.plan.images_per_group
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> list[str]:
+        """Draw, score and record; the guard's alarms about it."""
         with self.run.clock("evaluation"), self.run.tuning.values(self.run.ema.values):
             found = self.evaluator.run()
         self._count_evaluations()
+        alarms = self.guard.evaluation(_evaluation_line(self.epochs_done, found, None))
         if not self.run.ranks.is_first:
-            return
+            return alarms
         grid = None
         if self.spec.tracking.image_grids:
             grid = f"{layout.GRIDS}/epoch-{self.epochs_done:06d}.png"
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
-        self.last_evaluation = _evaluation_line(self.epochs_done, found, grid)
-        self.record.append(layout.EVALUATIONS, self.last_evaluation)
+        line = _evaluation_line(self.epochs_done, found, grid)
+        line = line.model_copy(update={"alarms": alarms})
+        self.record.append(layout.EVALUATIONS, line)
+        self.last_evaluation = line
+        self.tracking.evaluation(line)
         log.info(
             "evaluation after %d epochs: reward %.4f",
             self.epochs_done,
             float(found.total.nanmean()),
         )
+        return alarms
 
     def _save(self) -> None:
-        """Begin to save on rank 0; all ranks learn of a failure that ends the run."""
         with self.run.clock("checkpoint"):
-            start = time.perf_counter()
-            if self._agreed(self.saver.ready):
-                # All ranks take part where weights are in parts.
-                state = self._state()
-                if self.run.ranks.is_first:
-                    line = self.last_evaluation
-                    evaluated = line is not None and line.epoch == self.epochs_done
-                    self.saver.begin(
-                        state,
-                        lambda folder: self._export(folder, state.average),
-                        _figures(line) if line and evaluated else {},
-                        stall_seconds=time.perf_counter() - start,
-                    )
+            self.commits.begin(self._figures())
 
-    def _look_after_saves(self) -> str:
-        self.saver.settle(0)
-        return ""
-
-    def _saved(self, save: Save) -> None:
-        if save.folder is not None:
-            self.committed = save.step
-            self.committed_uri = f"{self.checkpoints.store.uri}/{save.folder}"
-            # At once: whoever ends this process now still learns which checkpoint is the newest.
-            self._publish()
-        self.record.append(
-            layout.SAVES,
-            SaveLine(
-                epoch=save.step,
-                time=now(),
-                stall_seconds=save.stall_seconds,
-                stage_seconds=save.stage_seconds,
-                send_seconds=save.send_seconds,
-                bytes=save.bytes,
-                folder=save.folder,
-                error=str(save.error) if save.error else None,
-            ),
-        )
-
-    def _is_committed(self) -> bool:
-        return self.committed == self.epochs_done
-
-    def _complete(self) -> None:
-        """The last checkpoint is what the run was for: without it the run has failed."""
-        while not self._agreed(lambda: self.saver.settle(WAIT_SECONDS)):
-            log.info("waits for the last checkpoint")
-        while not self._agreed(self._is_committed):  # ends: failures are counted
-            self._save()
-            while not self._agreed(lambda: self.saver.settle(WAIT_SECONDS)):
-                log.info("waits for the last checkpoint")
-
-    def _commit_in_time(self) -> str:
-        """Commit what there is within the time that is left, and say so."""
-        # The launcher's reserve, and some for the processes to end.
-        left = self.spec.run_policy.termination_grace_period_seconds - END_SECONDS
-        until = time.monotonic() + max(left, 1)
-
-        def settled() -> bool:
-            return self.saver.settle(max(until - time.monotonic(), 0))
-
-        if self._agreed(settled) and not self._agreed(self._is_committed):
-            self._save()
-            self._agreed(settled)
-        stopped = f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; "
-        if self._agreed(self._is_committed):
-            return f"{stopped}the state is committed at {self.committed_uri}"
-        return (
-            f"{stopped}they could not be stored in time, so the run continues from the checkpoint "
-            "before; allow more with spec.runPolicy.terminationGracePeriodSeconds"
-        )
-
-    def _on_first(self, action: Callable[[], str]) -> str:
-        """What ``action`` returns on rank 0, on every rank; its error is raised on every rank."""
-        answer: dict[str, str | int] = {}
-        if self.run.ranks.is_first:
-            try:
-                answer = {"value": action()}
-            except TempFlowError as error:
-                answer = {"code": int(error.exit_code), "message": str(error)}
-        answer = json.loads(self.run.ranks.from_first(json.dumps(answer)))
-        if "code" in answer:
-            raise of_code(int(answer["code"]), str(answer["message"]))
-        return str(answer["value"])
-
-    def _agreed(self, question: Callable[[], bool]) -> bool:
-        """Rank 0's answer, on every rank."""
-        return self._on_first(lambda: "yes" if question() else "") == "yes"
+    def _figures(self) -> dict[str, float]:
+        """Means of this epoch's evaluation, if there was one, as a manifest has them."""
+        line = self.last_evaluation
+        if line is None or line.epoch != self.epochs_done:
+            return {}
+        found = {"reward": line.reward, **{name: s.mean for name, s in line.rewards.items()}}
+        return {name: mean for name, mean in found.items() if math.isfinite(mean)}
 
     def _export(self, folder: Path, average: dict[str, Tensor]) -> None:
         """The result people use is the average, as evaluated; with what is needed to load it."""
@@ -291,57 +362,39 @@ class Session:
         """Images, evaluations and seconds of the whole run, over all its processes."""
         now_ = {
             "images": float(self.images),
+            ROLLBACKS: float(self.rolled_back),
             **{f"evaluations.{k}": float(v) for k, v in self.evaluations.items()},
             **{f"seconds.{k}": v for k, v in self.run.clock.seconds.items()},
         }
         return {k: self.earlier.get(k, 0.0) + now_.get(k, 0.0) for k in self.earlier | now_}
-
-    def _store_record(self) -> None:
-        """Copy the record beside the checkpoints where they are kept elsewhere."""
-        root = self.record.folder / layout.RECORD
-        if self._stored_in_place():
-            return
-        for file in sorted(root.rglob("*")):
-            if not file.is_file() or file.name.endswith(".partial"):
-                continue
-            key = f"{layout.RECORD}/{file.relative_to(root).as_posix()}"
-            status = file.stat()
-            if self._sent.get(key) != (status.st_size, status.st_mtime_ns):
-                self.checkpoints.store.put(file, key)
-                self._sent[key] = (status.st_size, status.st_mtime_ns)
-
-    def _stored_in_place(self) -> bool:
-        return Path(self.checkpoints.store.uri) == self.record.folder.absolute()
 
     def _resume(self) -> None:
         """Continue from the last complete checkpoint, if there is one.
 
         Rank 0 chooses for all: two ranks need not see the same listing.
         """
-        own, _, other = self._on_first(self._choose).partition(" ")
+        own, _, other = self.run.ranks.on_first(self._choose).partition(" ")
         if own:
-            self._restore(self.checkpoints.load(own), f"{self.checkpoints.store.uri}/{own}")
-            self.committed = self.epochs_done
-            self.committed_uri = f"{self.checkpoints.store.uri}/{own}"
-            log.info("continues after %d epochs, from %s", self.epochs_done, self.committed_uri)
+            uri = f"{self.checkpoints.store.uri}/{own}"
+            self._restore(self.checkpoints.load(own), uri)
+            self.commits.step, self.commits.uri = self.epochs_done, uri
+            log.info("continues after %d epochs, from %s", self.epochs_done, uri)
         elif other and self.origin is not None:
             uri = f"{self.origin.uri}/{other}"
             self._restore(self.origin.load(other), uri)
             self.checkpoints.parent = uri
-            log.info(
-                "starts at epoch %d with the %s of %s",
-                self.epochs_done,
-                "state" if self.origin.mode == "resume" else "weights",
-                uri,
-            )
+            what = "state" if self.origin.mode == "resume" else "weights"
+            log.info("starts at epoch %d with the %s of %s", self.epochs_done, what, uri)
         if self.run.ranks.is_first:
-            self._fetch_record()
+            self.stored.fetch()
             # A run that has committed no epoch yet evaluates what it starts from again, too.
-            self.record.cut_back(self.committed or -1)
+            self.record.cut_back(self.commits.step or -1)
+        self._set_learning_rate()
+        self._remind_guard()
 
     def _choose(self) -> str:
         """The own folder to continue from, or a space and another run's folder; or neither."""
-        self._check_same_run()
+        self.stored.check_same(self.spec)
         own = self.checkpoints.begin()
         if own:
             return own
@@ -370,36 +423,13 @@ class Session:
         self.epochs_done, self.run.updates_done = state.epochs_done, state.updates_done
         self.earlier = dict(state.totals)
 
-    def _check_same_run(self) -> None:
-        """Compare with the job that this run started as, and store it if it is the first."""
-        store, local = self.checkpoints.store, self.checkpoints.staging / "stored-run.json"
-        own = self.spec.model_dump_json(by_alias=True, indent=1).encode()
-        if store.create(layout.RUN_FILE, own):
-            return
-        store.get(layout.RUN_FILE, local)
-        changed = changed_fields(JobSpec.model_validate_json(local.read_bytes()), self.spec)
-        fixed = [p for p in changed if mutability_of(p) is Mutability.IMMUTABLE]
-        if fixed:
-            raise ConfigChanged(
-                f"the run at {store.uri} was started with other values of {', '.join(fixed)}; "
-                "these decide what is learned: restore them, or give the job another name"
-            )
-        if changed:
-            log.info("continues with new values of %s", ", ".join(changed))
-
-    def _fetch_record(self) -> None:
-        """On a new machine the record so far is in the store only."""
-        if self._stored_in_place() or (self.record.folder / layout.METRICS).is_file():
-            return
-        for key in self.checkpoints.store.find(layout.RECORD):
-            self.checkpoints.store.get(key, self.record.folder / key)
-
     def _finish(self) -> None:
         if self.run.ranks.is_first:
             lines = self.record.lines(layout.EVALUATIONS, EvaluationLine)
-            summary = summarise(lines, self._totals(), self.epochs_done, str(self.committed_uri))
+            summary = summarise(lines, self._totals(), self.epochs_done, str(self.commits.uri))
             self.record.write(layout.SUMMARY, summary.model_dump_json(by_alias=True, indent=1))
-            self._store_record()
+            self.tracking.end()  # what is stored is whole
+            self.stored.send()
         self._on_phase("done")
 
     def _on_phase(self, phase: str) -> None:
@@ -426,9 +456,11 @@ class Session:
                 "runId": self.run_id,
                 "reward": last.reward if last else None,
                 "imagesPerSecond": last.images_per_second if last else None,
+                "alarms": [alarm[:1024] for alarm in self.alarms[:16]],
+                "rollbacks": self.rollbacks,
                 "etaSeconds": epoch_seconds * left if epoch_seconds else None,
-                "checkpointEpoch": self.committed,
-                "checkpointUri": self.committed_uri,
+                "checkpointEpoch": self.commits.step,
+                "checkpointUri": self.commits.uri,
                 "time": now(),
             }
         )
@@ -452,12 +484,6 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
         images=len(found.total),
         grid=grid,
     )
-
-
-def _figures(line: EvaluationLine) -> dict[str, float]:
-    """Means by name, as a checkpoint's manifest has them."""
-    found = {"reward": line.reward, **{name: s.mean for name, s in line.rewards.items()}}
-    return {name: mean for name, mean in found.items() if math.isfinite(mean)}
 
 
 def _moments(values: Tensor) -> dict[str, float]:

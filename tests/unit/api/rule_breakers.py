@@ -71,6 +71,7 @@ _BUILTIN = _position("the only built-in", "spec.model.source")
 _PROMPTS = _position("exactly one", "spec.data")
 _SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
 _FOURTEEN = _position("the digits family", "spec.sampling.width")
+_EVALUATION_SIZE = _position("width and height of an ev", "spec.evaluation.width")
 _LAST_STEP = _position("each is less", "spec.algorithm.branchSteps")
 _STEP_TWICE = _position("no step", "spec.algorithm.branchSteps")
 _NO_BRANCHES = _position("is 1 with", "spec.algorithm.branchesPerSeed")
@@ -111,6 +112,7 @@ BREAKERS = (
     Breaker("odd height", _SIXTEEN, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
     Breaker("large digits", _FOURTEEN, {"sampling.width": 28, "sampling.height": 28}),
     Breaker("high digits", _FOURTEEN, {"sampling.height": 28}),
+    Breaker("large evaluation of digits", _EVALUATION_SIZE, {"evaluation.width": 28}),
     Breaker("last step", _LAST_STEP, {"algorithm.branchSteps": [0, 9]}),
     Breaker("step twice", _STEP_TWICE, {"algorithm.branchSteps": [3, 0, 3]}),
     Breaker(
