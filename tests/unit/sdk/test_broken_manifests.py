@@ -9,8 +9,8 @@ from tempflow_api.errors import ExitCode, ManifestInvalid
 from tests.unit.sdk.manifests import VALID, edited
 
 SPEC_FIELDS = (
-    "model, data, sampling, algorithm, rewards, optimizer, evaluation, checkpoint, compute, "
-    "runPolicy, tracking"
+    "model, data, sampling, algorithm, rewards, optimizer, evaluation, selfTest, guard, "
+    "checkpoint, initFrom, compute, modelCache, runPolicy, managedBy, tracking"
 )
 
 
