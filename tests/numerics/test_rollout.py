@@ -110,7 +110,7 @@ def test_lock_step_is_one_branch_after_the_other(
     states, draws, final = one_after_the_other(
         policy, schedule.sigmas.tolist(), plan, groups, noise
     )
-    torch.testing.assert_close(found.states_GSCHW, states, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(found.states_GSRCHW[:, :, 0], states, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(found.draws_GSKCHW, draws, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(found.latents_NCHW, final, rtol=1e-5, atol=5e-6)
     assert policy.evaluations["rollout"] == 2 * rows * (1 if guidance == 1 else 2)
@@ -137,7 +137,7 @@ def test_noise_of_a_step_moves_the_images_of_that_step_alone(
     before = collect(walker, plan, groups, plain)
     after = collect(walker, plan, groups, lambda k: other(k) if k == changed else plain(k))
     # The trunk is the same to the last bit: no draw has a part in it.
-    assert torch.equal(before.states_GSCHW, after.states_GSCHW)
+    assert torch.equal(before.states_GSRCHW, after.states_GSRCHW)
     rewards = [
         found.rewards_GSK(found.latents_NCHW.mean(dim=(1, 2, 3))) for found in (before, after)
     ]
@@ -172,14 +172,14 @@ def test_the_trunk_is_the_deterministic_trajectory() -> None:
     found = collect(walker, whole, groups=2)
     conditioning = walker.policy.model.encode(["prompt 0", "prompt 1"])
     starts = starts_of(2, (3, 2, 2))
-    assert torch.equal(found.states_GSCHW[:, 0], starts)
+    assert torch.equal(found.states_GSRCHW[:, 0, 0], starts)
     x = starts
     for k in range(5):
         sigma = walker.schedule.sigmas[k].float().expand(2)
         with torch.no_grad():
             v = walker.policy.velocity(x, sigma, conditioning, purpose="rollout")
         x = x + float(walker.schedule.dt_T[k]) * v
-    torch.testing.assert_close(found.states_GSCHW[:, 2], x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.states_GSRCHW[:, 2, 0], x, rtol=1e-5, atol=1e-6)
     sampled = walker.sample(starts, conditioning)
     with torch.no_grad():
         sigma = walker.schedule.sigmas[5].float().expand(2)

@@ -18,6 +18,7 @@ from tempflow_trainer import seeds
 from tempflow_trainer.algorithm import advantages
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.algorithm.branching import BranchPlan
+from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.data import Group, PromptOrder
 from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.ema import Ema
@@ -41,13 +42,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: Ema
     order: PromptOrder
-    plan: BranchPlan
+    exploration: Exploration
+    """Which steps are stochastic in an epoch, and their weights in the policy loss."""
     walker: Walker
     reward: Reward
     advantage_rule: AdvantageRule
     objective: Objective
-    weights_S: Tensor
-    """Of the branch steps in the policy loss."""
     latent_shape: tuple[int, int, int]
     run_seed: int
     rows_per_training_call: int
@@ -77,21 +77,23 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
         TrainingDiverged: a loss or gradient that is not finite; no step is taken with it.
     """
     run.check_stop()
+    plan = run.exploration.plan(epoch)
     shares = run.order.shares(epoch, rank=run.ranks.rank, world=run.ranks.world)
     groups = [group for share in shares for group in share]
     with run.clock("rollout"):
         conditioning = _encode(run, groups)
-        starts_GCHW, noise = _randomness(run, epoch, groups)
-        rollouts = run.walker.collect(run.plan, starts_GCHW, conditioning, noise)
+        starts_GCHW, noise = _randomness(run, epoch, groups, plan)
+        rollouts = run.walker.collect(plan, starts_GCHW, conditioning, noise)
     run.check_stop()
     with run.clock("scoring"):
-        scores = _score(run, rollouts.latents_NCHW, groups)
+        scores = _score(run, rollouts.latents_NCHW, groups, plan)
         rewards_GSK = rollouts.rewards_GSK(run.reward.total(scores))
     run.check_stop()
     with run.clock("update"):
         all_rewards_GSK, advantages_GSK, zero_share = _advantages(run, rewards_GSK, groups)
-        learned = ex.of_rollouts(rollouts, advantages_GSK, run.plan, run.walker, run.weights_S)
-        parts = learned_by_share(learned, shares, len(run.plan.steps))
+        weights_S = run.exploration.weights_S(plan)
+        learned = ex.of_rollouts(rollouts, advantages_GSK, plan, run.walker, weights_S)
+        parts = learned_by_share(learned, shares, plan.rows_per_group)
         if len(parts) > 1:
             parts = [
                 run.objective.with_old_log_probs(
@@ -150,10 +152,10 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
 
 
 def learned_by_share(
-    learned: Experience, shares: Sequence[Sequence[Group]], steps: int
+    learned: Experience, shares: Sequence[Sequence[Group]], rows_per_group: int
 ) -> list[Experience]:
-    """The rows of each update: its groups are consecutive, ``steps`` rows each."""
-    rows = torch.arange(len(learned)).split([len(share) * steps for share in shares])
+    """The rows of each update: its groups are consecutive."""
+    rows = torch.arange(len(learned)).split([len(share) * rows_per_group for share in shares])
     return [learned.rows(index) for index in rows]
 
 
@@ -165,7 +167,7 @@ def _encode(run: Run, groups: Sequence[Group]) -> Conditioning:
 
 
 def _randomness(
-    run: Run, epoch: int, groups: Sequence[Group]
+    run: Run, epoch: int, groups: Sequence[Group], plan: BranchPlan
 ) -> tuple[Tensor, Callable[[int], Tensor]]:
     """Start noises [G, C, H, W], and the noise of a branch step [G, K, C, H, W].
 
@@ -180,7 +182,7 @@ def _randomness(
     def noise(step: int) -> Tensor:
         return torch.stack(
             [
-                torch.stack([draw(group, "branch", step, k) for k in range(run.plan.draws)])
+                torch.stack([draw(group, "branch", step, k) for k in range(plan.draws)])
                 for group in groups
             ]
         )
@@ -188,9 +190,11 @@ def _randomness(
     return torch.stack([draw(group, "start") for group in groups]), noise
 
 
-def _score(run: Run, latents_NCHW: Tensor, groups: Sequence[Group]) -> dict[str, Tensor]:
+def _score(
+    run: Run, latents_NCHW: Tensor, groups: Sequence[Group], plan: BranchPlan
+) -> dict[str, Tensor]:
     """Decode and score, a call's rows at a time, so that images never pile up."""
-    owners = [group for group in groups for _ in range(run.plan.images_per_group)]
+    owners = [group for group in groups for _ in range(plan.images_per_group)]
     parts: list[dict[str, Tensor]] = []
     for rows in torch.arange(len(owners)).split(run.walker.rows_per_call):
         images = run.policy.model.decode(latents_NCHW[rows]).cpu()

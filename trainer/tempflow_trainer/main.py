@@ -17,8 +17,9 @@ from tempflow_api.errors import DeviceMissing, ExitCode, StoreUnavailable, TempF
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed
-from tempflow_trainer.algorithm import branching, sde, weighting
+from tempflow_trainer.algorithm import sde
 from tempflow_trainer.algorithm.advantages import AdvantageRule
+from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.checkpoint import Checkpoints
 from tempflow_trainer.data import Prompt, PromptOrder, load_prompts
 from tempflow_trainer.distributed import Ranks
@@ -79,16 +80,13 @@ def build_run(
         guidance_scale=sampling.guidance_scale,
         negative_prompt=sampling.negative_prompt,
         device=device,
+        training_guidance_scale=sampling.training_guidance_scale,
+        unconditional_gradient=algorithm.guidance_gradient == "both",
     )
     schedule = model.schedule(sampling.steps, sampling.height, sampling.width)
-    walker = Walker(policy, schedule, sampling.noise_level, spec.compute.rows_per_call)
-    plan = branching.plan(
-        method=algorithm.method,
-        total_steps=sampling.steps,
-        branch_steps=algorithm.branch_steps,
-        draws=algorithm.branches_per_seed,
+    walker = Walker(
+        policy, schedule, sampling.noise_level, spec.compute.rows_per_call, sampling.sde
     )
-    noise_std_T = sde.noise_std_T(schedule, sampling.noise_level)
     return Run(
         ranks=ranks,
         policy=policy,
@@ -107,18 +105,29 @@ def build_run(
             spec.data.shuffle,
             algorithm.seed,
         ),
-        plan=plan,
+        exploration=Exploration(algorithm, sampling, schedule),
         walker=walker,
         reward=registry.build(spec.rewards),
         advantage_rule=AdvantageRule(**algorithm.advantage.model_dump()),
-        objective=Objective(algorithm.clip_range, algorithm.kl_coefficient),
-        weights_S=weighting.weights_S(algorithm.weighting, noise_std_T, plan.steps),
+        objective=objective_of(spec),
         latent_shape=model.latent_shape(sampling.height, sampling.width),
         run_seed=algorithm.seed,
         rows_per_training_call=spec.compute.rows_per_training_call,
         max_grad_norm=spec.optimizer.max_grad_norm,
         clock=Stopwatch(),
         stop_requested=stop_requested,
+    )
+
+
+def objective_of(spec: JobSpec) -> Objective:
+    """The loss that the specification asks for."""
+    algorithm = spec.algorithm
+    return Objective(
+        algorithm.clip_range,
+        algorithm.kl_coefficient,
+        log_prob=sde.distance_log_prob if spec.sampling.sde == "cps" else sde.log_prob,
+        guarded=algorithm.weighting == "guard",
+        kl_form=algorithm.kl_form,
     )
 
 

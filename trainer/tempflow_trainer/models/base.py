@@ -91,23 +91,42 @@ class Policy:
     negative: Conditioning | None
     """The one row that guidance steers away from; None where guidance needs none."""
     device: torch.device
+    training_guidance_scale: float
+    """Of the velocities that are trained on, and of the reference's."""
+    unconditional_gradient: bool
+    """Whether training goes through the unconditional velocity of guidance, too."""
     evaluations: dict[str, int] = field(
         default_factory=lambda: {"rollout": 0, "training": 0, "reference": 0, "evaluation": 0}
     )
 
     @classmethod
     def of(
-        cls, model: FlowModel, *, guidance_scale: float, negative_prompt: str, device: torch.device
+        cls,
+        model: FlowModel,
+        *,
+        guidance_scale: float,
+        negative_prompt: str,
+        device: torch.device,
+        training_guidance_scale: float | None = None,
+        unconditional_gradient: bool = True,
     ) -> "Policy":
-        """Encode the negative prompt where classifier-free guidance will read it."""
-        guided = model.classifier_free and guidance_scale != 1
-        negative = model.encode([negative_prompt]) if guided else None
-        return cls(model, guidance_scale, negative, device)
+        """Encode the negative prompt where classifier-free guidance will read it.
 
-    @property
-    def rows_per_velocity(self) -> int:
+        Training is guided as the rollout where it has no scale of its own.
+        """
+        training = guidance_scale if training_guidance_scale is None else training_guidance_scale
+        guided = model.classifier_free and (guidance_scale, training) != (1, 1)
+        negative = model.encode([negative_prompt]) if guided else None
+        return cls(model, guidance_scale, negative, device, training, unconditional_gradient)
+
+    def scale(self, purpose: str) -> float:
+        """The guidance of a velocity for that purpose."""
+        trained = purpose in ("training", "reference")
+        return self.training_guidance_scale if trained else self.guidance_scale
+
+    def rows_per_velocity(self, purpose: str) -> int:
         """Rows of the network for one velocity: 2 with classifier-free guidance."""
-        return 1 if self.negative is None else 2
+        return 1 if self.negative is None or self.scale(purpose) == 1 else 2
 
     def velocity(
         self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning, *, purpose: str
@@ -117,16 +136,22 @@ class Policy:
         ``purpose`` names the counter of network rows to add to.
         """
         rows = len(latents_BCHW)
-        self.evaluations[purpose] += rows * self.rows_per_velocity
+        scale, network_rows = self.scale(purpose), self.rows_per_velocity(purpose)
+        self.evaluations[purpose] += rows * network_rows
         latents, sigma = latents_BCHW.to(self.device), sigma_B.to(self.device)
-        if self.negative is None:
-            embedded = self.model.embed_guidance(conditioning, self.guidance_scale)
+        if self.negative is None or network_rows == 1:
+            embedded = self.model.embed_guidance(conditioning, scale)
             return self.model.velocity(latents, sigma, embedded).float()
         unconditional = self.negative.rows(torch.zeros(rows, dtype=torch.long))
+        if not self.unconditional_gradient and purpose == "training":
+            conditional = self.model.velocity(latents, sigma, conditioning).float()
+            with torch.no_grad():
+                plain = self.model.velocity(latents, sigma, unconditional).float()
+            return self.model.combine(conditional, plain, scale)
         both = self.model.velocity(
             torch.cat([latents, latents]),
             torch.cat([sigma, sigma]),
             conditioning.join(unconditional),
         ).float()
         conditional, plain = both.chunk(2)
-        return self.model.combine(conditional, plain, self.guidance_scale)
+        return self.model.combine(conditional, plain, scale)
