@@ -182,6 +182,17 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        "spec.sampling.tail.steps",
+        "self.sampling.tail.solver != 'dpm2' || "
+        "(self.sampling.tail.steps >= 3 && self.sampling.steps >= 4)",
+        "is at least 3 with solver dpm2, and sampling.steps at least 4: the first and the last "
+        "step of a tail are of first order",
+        lambda spec: (
+            spec.sampling.tail.solver != "dpm2"
+            or (spec.sampling.tail.steps >= 3 and spec.sampling.steps >= 4)
+        ),
+    ),
+    Rule(
         "spec.sampling.noiseLevel",
         "self.sampling.sde != 'cps' || self.sampling.noiseLevel <= 1.0",
         "is at most 1 with sde cps: all noise of the step is fresh then",

@@ -88,8 +88,8 @@ class Tail(Section):
     rollout's evaluations. The default follows the schedule."""
 
     solver: Literal["euler", "dpm2"] = "euler"
-    """``dpm2`` is DPM-Solver++(2M), of second order: with fewer steps it keeps nearer to the image
-    that all of them would give."""
+    """``dpm2`` is DPM-Solver++(2M), of second order but for the first and the last step of a tail.
+    Its images are not those of ``euler`` with as many steps, which is what is evaluated."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 1000
     """At most so many, evenly spread over the levels that are left; a tail never has more than
     there are. The default is the largest number of steps, so all of them."""

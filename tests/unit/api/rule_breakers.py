@@ -81,6 +81,7 @@ _CPS_KL = _position("is exact or velocity", "spec.algorithm.klForm")
 _CPS_MERGE = _position("is 0 with sde cps", "spec.algorithm.mergeBelow")
 _MERGE_ALL = _position("is less than", "spec.algorithm.mergeBelow")
 _CPS_NOISE = _position("is at most 1", "spec.sampling.noiseLevel")
+_SHORT_DPM2 = _position("is at least 3", "spec.sampling.tail.steps")
 _NO_UNCONDITIONAL = _position("is both without", "spec.algorithm.guidanceGradient")
 _TWO_DRAWS = _position("a group needs", "spec.algorithm.branchesPerSeed")
 _EQUAL_SHARES = _position("divides", "spec.algorithm.updatesPerEpoch")
@@ -171,6 +172,16 @@ BREAKERS = (
         "loud cps",
         _CPS_NOISE,
         {"sampling.sde": "cps", "algorithm.weighting": "none", "sampling.noiseLevel": 1.2},
+    ),
+    Breaker(
+        "second order of two steps",
+        _SHORT_DPM2,
+        {"sampling.tail": {"solver": "dpm2", "steps": 2}},
+    ),
+    Breaker(
+        "second order of three steps in all",
+        _SHORT_DPM2,
+        {"sampling.tail": {"solver": "dpm2"}, "sampling.steps": 3},
     ),
     Breaker(
         "gradient of no guidance",

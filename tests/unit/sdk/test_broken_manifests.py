@@ -66,7 +66,7 @@ CASES = [
         "  sampling:",
         "  steps: 10\n  sampling:",
         "job.yaml:15: spec.steps: unknown field; 'steps' belongs to spec.sampling or "
-        "spec.evaluation",
+        "spec.sampling.tail or spec.evaluation",
     ),
     case(
         "field of nowhere",
