@@ -63,6 +63,7 @@ generate: setup ## Renew generated files: the resource definition, the reference
 	$(RUN) -m tempflow_api.crd --write charts/tempflow/files/crd.yaml
 	$(RUN) -m tempflow_api.reference --write docs/reference.md
 	$(RUN) tools/chart_readme.py
+	cp sdk/tempflow/presets/*.yaml examples/
 	$(VENV)/bin/ruff format -q $(SOURCES)
 
 lock: ## Resolve requirements.lock anew, for all platforms at once

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -25,6 +28,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -226,4 +231,60 @@ def qwen_pipeline(seed: int = 0) -> QwenImagePipeline:
         vae=autoencoder,
         text_encoder=qwen_text_encoder(tokenizer),
         tokenizer=tokenizer,
+    )
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen3_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
+    """28 layers: the pipeline reads the states of layers 9, 18 and 27."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def klein_pipeline(seed: int = 0, *, distilled: bool = False) -> Flux2KleinPipeline:
+    """About 50,000 random parameters; statistics of the latents that are not those of noise."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,  # 4 x the channels of the latent
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+    )
+    autoencoder.bn.running_mean.copy_(torch.linspace(-1, 1, 16))
+    autoencoder.bn.running_var.copy_(torch.linspace(0.5, 2, 16))
+    return Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder,
+        text_encoder=qwen3_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        is_distilled=distilled,
     )

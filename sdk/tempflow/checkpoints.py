@@ -133,6 +133,15 @@ def _manifest(text: bytes) -> layout.CheckpointManifest | None:
         return None
 
 
+def read(store: Store, path: str) -> bytes | None:
+    """The content of a file of the run, for instance ``record/metrics.jsonl``; None without it."""
+    with _store_errors(store):
+        try:
+            return bytes(store.files.cat_file(store.path(path)))
+        except FileNotFoundError:
+            return None
+
+
 def find(uri: str, number: int | None, endpoint_url: str | None = None) -> tuple[Store, Step]:
     """A checkpoint of the run at ``uri``, or the very one whose folder ``uri`` is.
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 from tempflow.complaints import nearest
 from tempflow.refused import Refused
@@ -62,16 +61,3 @@ def listing() -> list[str]:
         lines += [one.name, f"    {one.summary}", f"    Wants {one.hardware}."]
         lines += [f"    Cannot run: {one.missing}."] if one.missing else []
     return lines
-
-
-def write(chosen: Preset, target: Path, *, overwrite: bool) -> None:
-    """Write a preset to a new file, or over an old one if asked to."""
-    try:
-        with target.open("w" if overwrite else "x", encoding="utf-8") as file:
-            file.write(chosen.text)
-    except FileExistsError as error:
-        raise Refused(
-            f"{target} exists: choose another with -o, or overwrite with --force"
-        ) from error
-    except OSError as error:
-        raise Refused(f"cannot write {target}: {(error.strerror or str(error)).lower()}") from error

@@ -34,10 +34,14 @@ class Metrics(Observed):
     """Epochs completed."""
     time: Timestamp
     reward: float
-    """Mean over all draws."""
+    """Mean over the draws of all groups that are not left out."""
     reward_std: float
     rewards: dict[str, float]
-    """Mean raw score of each trained reward."""
+    """Mean raw score of each trained reward that gave any."""
+    missing_scores: dict[str, int] = {}
+    """Images that a reward failed with, of ``images``, by reward."""
+    groups_left_out: int = 0
+    """(group, step) pairs that lack a required score: no part of the update."""
     advantage_zero_share: float
     """Share of (group, step) pairs whose draws all got the same reward: they teach nothing."""
     loss: float
@@ -70,7 +74,9 @@ class Evaluation(Observed):
     reward: float
     reward_std: float
     rewards: dict[str, Spread]
-    """Every reward, those held out too."""
+    """Every reward that gave a score, those held out too."""
+    missing_scores: dict[str, int] = {}
+    """Images that a reward failed with, of ``images``, by reward."""
     diversity: float | None
     """Mean distance of two images of a prompt; None where a prompt has one image."""
     images: int

@@ -61,6 +61,13 @@ def _groups_for_every_process(spec: JobSpec) -> bool:
     return groups >= compute.nodes * compute.processes_per_node
 
 
+def _equal_shares(spec: JobSpec) -> bool:
+    algorithm, compute = spec.algorithm, spec.compute
+    groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt // algorithm.updates_per_epoch
+    sharded = compute.strategy == "shard"
+    return not sharded or groups % (compute.nodes * compute.processes_per_node) == 0
+
+
 _WHOLE_FLOW_GRPO = (
     "(self.algorithm.method == 'flow-grpo' && self.algorithm.branchSet.choose == 'all')"
 )
@@ -219,6 +226,23 @@ RULES: tuple[Rule, ...] = (
         "/ self.algorithm.updatesPerEpoch >= self.compute.nodes * self.compute.processesPerNode",
         "more processes than there are (prompt, seed) pairs in an update: some would idle",
         _groups_for_every_process,
+    ),
+    Rule(
+        "spec.compute.tiledDecode",
+        "!self.compute.tiledDecode || self.model.family != 'digits'",
+        "the digits family has no autoencoder to decode with: leave tiledDecode out",
+        lambda spec: not spec.compute.tiled_decode or spec.model.family != "digits",
+    ),
+    Rule(
+        "spec.compute.strategy",
+        "self.compute.strategy != 'shard' || "
+        "self.algorithm.promptsPerEpoch * self.algorithm.seedsPerPrompt "
+        "/ self.algorithm.updatesPerEpoch % (self.compute.nodes * self.compute.processesPerNode) "
+        "== 0",
+        "with shard all processes work in step: the (prompt, seed) pairs of an update, "
+        "promptsPerEpoch x seedsPerPrompt / updatesPerEpoch, are a multiple of the processes, "
+        "nodes x processesPerNode",
+        _equal_shares,
     ),
     Rule(
         "spec.rewards",

@@ -31,8 +31,9 @@ class Lora(Section):
     targets: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)
     ] = []
-    """Names of the projections, matched at the end of the module path. An empty list takes the
-    family's own, as the paper's code adapts them. A name that matches nothing is an error."""
+    """Names of the projections, matched at the end of the module path, or between slashes a
+    regular expression for the whole path: ``/single_.*to_out/``. An empty list takes the family's
+    own, as the paper's code adapts them. A target that matches nothing is an error."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """How the first factor starts; the second one starts at zero, so the update starts at none."""
 
@@ -50,17 +51,21 @@ class Ema(Section):
 class Model(Section):
     """What is trained, and which part of it."""
 
-    family: Literal["digits", "sd3", "flux", "qwen-image"]
+    family: Literal["digits", "sd3", "flux", "qwen-image", "flux2-klein"]
     """The adapter that knows how to encode, schedule, run and decode the model. ``sd3`` covers
-    SD3 and SD3.5, ``flux`` FLUX.1, ``digits`` the small model that ships with the package."""
+    SD3 and SD3.5, ``flux`` FLUX.1, ``flux2-klein`` FLUX.2 klein, ``digits`` the small model that
+    ships with the package."""
     source: Uri
     """``builtin:digits``, a local folder, ``s3://bucket/prefix``, or a Hugging Face id
     (``owner/name``). A folder has the diffusers layout."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Commit, tag or branch of a Hugging Face id."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's weights and activations. The stochastic step, log-probabilities,
-    advantages, the trained weights and the optimizer are float32 always."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the network's frozen weights and of its activations. The stochastic step,
+    log-probabilities, advantages, the trained weights and the optimizer are float32 always, so
+    with full tuning this is the precision of the text encoders and the autoencoder only. float16
+    resolves log-probabilities eight times finer than bfloat16, but SD3 fits into its range and
+    FLUX.1 and Qwen-Image do not; its gradients are scaled by a fixed power of two."""
     max_text_tokens: Annotated[int, Field(ge=1, le=4096)] = 128
     """Longest prompt that the long text encoder reads; what is beyond is cut."""
     tuning: Literal["lora", "full"]
@@ -77,8 +82,9 @@ class Data(Section):
     prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1000)] | None = None
     """Prompts written into the manifest."""
     prompts_file: Uri | None = None
-    """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), or JSON
-    lines (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata."""
+    """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), JSON lines
+    (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata, or the
+    folder of one split of a dataset that ``datasets`` has saved to disk, with such columns."""
     shuffle: bool = True
     """Draw the prompts of each pass in a new random order; else in the order of the file."""
 
@@ -137,6 +143,10 @@ class Advantage(Section):
     from amplifying trivial differences."""
     clip_max: Annotated[float, Field(gt=0, le=1000)] = 5.0
     """Advantages beyond this are cut."""
+    combination: Literal["raw", "normalised"] = "raw"
+    """Of several rewards. ``raw``: the reward is the weighted sum of raw scores, so the one with
+    the widest spread decides. ``normalised``: each reward becomes an advantage of its own, and
+    the advantage is their weighted sum, so the weights decide."""
 
 
 class BranchSet(Section):
@@ -206,10 +216,22 @@ class RewardTerm(Section):
     """One scorer and its share in the reward."""
 
     name: Name
-    """A built-in reward. A name that does not exist is an error that lists them all."""
+    """What the reward is called in metrics; without ``uses`` also which one it is."""
+    uses: (
+        Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_][\w.-]*(:\w+)?$")]
+        | None
+    ) = None
+    """The scorer: the name of a built-in reward, of an entry point of the group
+    ``tempflow.rewards`` in an installed package, or ``module:Class``. Without it the name decides.
+    One that does not exist is an error that lists them all."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
-    """The reward is the weighted sum of raw scores. A term of weight 0 is held out: scored at
-    evaluations and shown, never trained on."""
+    """Share in the reward, see ``spec.algorithm.advantage.combination``. A term of weight 0 is
+    held out: scored at evaluations and shown, never trained on."""
+    required: bool = True
+    """What follows from a missing score. Of a required reward: the group of draws that the image
+    is compared with is left out of the update. Of another one: the image counts as the mean of
+    its group in this reward. Both are counted. A required reward that fails as a whole ends the
+    run."""
     parameters: Annotated[
         dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)
     ] = {}
@@ -282,10 +304,28 @@ class Compute(Section):
     """Pods; 1 with ``tempflow run``."""
     processes_per_node: Annotated[int, Field(ge=1, le=64)] = 1
     """One a GPU with ``cuda``."""
+    strategy: Literal["replicate", "shard"] = "replicate"
+    """``replicate``: every process holds all weights, and gradients are summed once an update.
+    ``shard``: each holds its share of the weights, gradients and optimizer, and gathers a block
+    while it runs (FSDP2): for models that do not fit otherwise, at the price of traffic. The
+    result is the same, and a run may change it when it continues."""
     rows_per_call: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Most latents in one call of the network without gradient: bounds the memory of a rollout."""
     rows_per_training_call: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Most (seed, step) pairs in one call with gradient."""
+    rows_per_decode: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Most latents that the autoencoder decodes at once; without it as many as rowsPerCall. Its
+    activations are the largest of a rollout at high resolution."""
+    tiled_decode: bool = False
+    """Decode an image larger than the autoencoder was made for in overlapping tiles: its memory
+    no longer grows with the resolution. The seams are blended, which changes pixels a little."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block for the backward and compute the rest again: a third more
+    work for an update, a fraction of its memory."""
+    text_cache_mebibytes: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Host memory for encoded prompts, a process. Above 0 a prompt that is kept is not encoded
+    again, and the text encoders stay in host memory while they are idle. 0 keeps them on the
+    device and encodes the prompts of every epoch."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     """Container image of the trainer on a cluster; the operator has a default."""
     cpu: Quantity | None = None

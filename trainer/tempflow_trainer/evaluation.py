@@ -9,7 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from tempflow_api.errors import RewardFailed
 from tempflow_trainer import seeds
+from tempflow_trainer.algorithm.combination import total_GSK
 from tempflow_trainer.data import Prompt
 from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.rewards.base import Reward
@@ -17,6 +19,7 @@ from tempflow_trainer.rollout import Walker
 
 LEAST_CELL_PIXELS = 56
 LABEL_PIXELS = 120
+NO_IMAGES = torch.empty(0, 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Evaluation:
     """The result, the same on every rank."""
 
     scores: dict[str, Tensor]
-    """By reward, held-out ones too, [N]."""
+    """By reward, held-out ones too, [N]; NaN where one is missing."""
     total: Tensor
-    """The trained reward, [N]."""
+    """The trained reward, [N]; NaN where a required score is missing."""
     diversity: float | None
     images_PM3HW: Tensor
     """Prompts x images a prompt, as 8-bit numbers."""
@@ -43,15 +46,28 @@ class Evaluator:
     latent_shape: tuple[int, int, int]
     run_seed: int
     ranks: Ranks
+    equal_shares: bool = False
+    """Whether all ranks have to draw as many images: those that are too many are left out."""
 
     def run(self) -> Evaluation:
-        """Draw and score with the weights as they are; the ranks share the work."""
+        """Draw and score with the weights as they are; the ranks share the work.
+
+        Raises:
+            RewardFailed: a required reward failed, or no image has all its required scores.
+        """
         jobs = [(p, m) for p in self.prompts for m in range(self.images_per_prompt)]
-        index_N = torch.arange(len(jobs))[self.ranks.rank :: self.ranks.world]
+        index_N = self._share(len(jobs))
         mine = [jobs[i] for i in index_N.tolist()]
-        images = self._draw(mine) if mine else torch.empty(0, 3, 1, 1)
+        more = -len(jobs) % self.ranks.world if self.equal_shares else 0
+        filling = [jobs[0]] * (1 if more and self.ranks.rank >= self.ranks.world - more else 0)
+        images = self._draw(mine + filling)[: len(mine)] if mine + filling else NO_IMAGES
         texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
-        scores = self.reward.score(images, texts, metadata, held_out=True) if mine else {}
+        prompts = (index_N // self.images_per_prompt).tolist()
+        scores = (
+            self.reward.score(images, texts, metadata, groups=prompts, held_out=True)
+            if mine
+            else {}
+        )
         order = torch.cat(self.ranks.gather_rows(index_N)).argsort()
         names = [term.name for term in self.reward.terms]
         gathered = {
@@ -63,9 +79,17 @@ class Evaluator:
         ]
         shape = (len(self.prompts), self.images_per_prompt)
         images_PM3HW = torch.cat(pictures)[order].unflatten(0, shape)
-        return Evaluation(
-            gathered, self.reward.total(gathered), diversity(images_PM3HW), images_PM3HW
-        )
+        by_prompt = {name: values.view(shape[0], 1, shape[1]) for name, values in gathered.items()}
+        total = total_GSK(self.reward.components(by_prompt), torch.arange(shape[0])).flatten()
+        if not bool(total.isfinite().any()):
+            raise RewardFailed("no image of this evaluation has all its required scores")
+        return Evaluation(gathered, total, diversity(images_PM3HW), images_PM3HW)
+
+    def _share(self, jobs: int) -> Tensor:
+        """This rank's images; all of a prompt where a reward compares them."""
+        index_N = torch.arange(jobs)
+        dealt_N = index_N // self.images_per_prompt if self.reward.group_wise else index_N
+        return index_N[dealt_N % self.ranks.world == self.ranks.rank]
 
     @torch.no_grad()
     def _draw(self, jobs: Sequence[tuple[Prompt, int]]) -> Tensor:
@@ -75,12 +99,12 @@ class Evaluator:
                 for p, image in jobs
             ]
         )
-        model = self.walker.policy.model
+        policy = self.walker.policy
         images = []
         for rows in torch.arange(len(jobs)).split(self.walker.rows_per_call):
-            conditioning = model.encode([jobs[i][0].text for i in rows.tolist()])
+            conditioning = policy.text.encode([jobs[i][0].text for i in rows.tolist()])
             latents = self.walker.sample(starts_NCHW[rows], conditioning)
-            images.append(model.decode(latents).cpu())
+            images.append(policy.decode(latents))
         return torch.cat(images)
 
 

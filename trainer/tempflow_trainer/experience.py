@@ -49,9 +49,9 @@ class Experience:
         return replace(self, **tensors)
 
     def micro_batches(self, rows_per_call: int) -> Iterator["Experience"]:
-        """All rows in order, at most ``rows_per_call`` at a time."""
-        for index_B in torch.arange(len(self)).split(rows_per_call):
-            yield self.rows(index_B)
+        """All rows in order, at most ``rows_per_call`` at a time; none if there are none."""
+        for start in range(0, len(self), rows_per_call):
+            yield self.rows(torch.arange(start, min(start + rows_per_call, len(self))))
 
 
 def of_rollouts(
@@ -75,6 +75,10 @@ def of_rollouts(
         weight_B=weights_S[step_B],
         branch_B=step_B,
     )
+
+
+LOSS_SUMS = ("policy", "kl", "clipped", "drift")
+"""What ``Objective.loss_sums`` gives, also for a rank that has no rows."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,12 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Sums over the rows of ``policy`` (mean over draws) and ``kl``, with gradient, and of
         ``clipped`` and ``drift``, the share of clipped draws and mean |ratio - 1|, without."""
+        # The reference first: nothing may run between a forward and its backward where weights are
+        # gathered for both.
+        before = None
+        if self.kl_coefficient > 0:
+            with torch.no_grad(), tuning.reference(policy) as reference:
+                before = self.predict(batch, reference, conditioning, purpose="reference")
         now = self.predict(batch, policy, conditioning, purpose="training")
         log_ratio_BK = self._log_ratio_BK(batch, now.mean_BCHW)
         policy_BK = loss.surrogate_BK(
@@ -137,9 +147,7 @@ class Objective:
             clip_range=self.clip_range,
         )
         kl_sum = torch.zeros((), device=log_ratio_BK.device)
-        if self.kl_coefficient > 0:
-            with torch.no_grad(), tuning.reference(policy) as reference:
-                before = self.predict(batch, reference, conditioning, purpose="reference")
+        if before is not None:
             kl_sum = self._divergence_B(batch, now, before).sum()
         seen_BK = log_ratio_BK.detach()
         return {
@@ -180,11 +188,12 @@ class Objective:
         the rollout, from other batch shapes, would differ by rounding as large as the clip range
         in half precision.
         """
-        log_probs, means = list[Tensor](), list[Tensor]()
+        log_probs, means = [experience.advantages_BK[:0]], [experience.states_BCHW[:0]]
         for batch in experience.micro_batches(rows_per_call):
             old = self.predict(batch, policy, conditioning, purpose="training")
             log_probs.append(self.log_probs_BK(batch, old.mean_BCHW).cpu())
-            means.append(old.mean_BCHW.cpu() if self.guarded else old.mean_BCHW[:0])
+            if self.guarded:
+                means.append(old.mean_BCHW.cpu())
         return replace(
             experience,
             old_log_prob_BK=torch.cat(log_probs),

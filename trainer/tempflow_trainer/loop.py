@@ -5,19 +5,21 @@ optimizer steps. What differs between models, rewards and variants is in the par
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tempflow_api.errors import Preempted, TrainingDiverged
+from tempflow_api.errors import Preempted, RewardFailed, TrainingDiverged
 from tempflow_trainer import experience as ex
-from tempflow_trainer import seeds
-from tempflow_trainer.algorithm import advantages
+from tempflow_trainer import seeds, sharding
+from tempflow_trainer.algorithm import combination
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.algorithm.branching import BranchPlan
+from tempflow_trainer.algorithm.combination import Combined
 from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.data import Group, PromptOrder
 from tempflow_trainer.distributed import Ranks
@@ -27,7 +29,7 @@ from tempflow_trainer.metrics import Stopwatch
 from tempflow_trainer.models.base import Conditioning, Policy
 from tempflow_trainer.models.tuning import Tuning
 from tempflow_trainer.rewards.base import Reward
-from tempflow_trainer.rollout import Walker
+from tempflow_trainer.rollout import Rollouts, Walker
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class Run:
     run_seed: int
     rows_per_training_call: int
     max_grad_norm: float
+    half_range: bool
+    """Whether activations are float16, so small that gradients vanish unless they are scaled."""
     clock: Stopwatch
     stop_requested: Callable[[], bool]
     updates_done: int = 0
@@ -74,6 +78,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
 
     Raises:
         Preempted: stopped before the update.
+        RewardFailed: a required reward failed, or no group has all its scores.
         TrainingDiverged: a loss or gradient that is not finite; no step is taken with it.
     """
     run.check_stop()
@@ -87,13 +92,20 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     run.check_stop()
     with run.clock("scoring"):
         scores = _score(run, rollouts.latents_NCHW, groups, plan)
-        rewards_GSK = rollouts.rewards_GSK(run.reward.total(scores))
     run.check_stop()
     with run.clock("update"):
-        all_rewards_GSK, advantages_GSK, zero_share = _advantages(run, rewards_GSK, groups)
-        weights_S = run.exploration.weights_S(plan)
-        learned = ex.of_rollouts(rollouts, advantages_GSK, plan, run.walker, weights_S)
-        parts = learned_by_share(learned, shares, plan.rows_per_group)
+        combined, mine = _combine(run, rollouts, scores, groups)
+        learned = ex.of_rollouts(
+            rollouts,
+            combined.advantages_GSK[mine],
+            plan,
+            run.walker,
+            run.exploration.weights_S(plan),
+        )
+        kept_GS = combined.kept_GS[mine].repeat_interleave(plan.states_per_step, dim=1)
+        parts = learned_by_share(learned, shares, kept_GS)
+        if not bool(combined.kept_GS.all()):
+            parts = [part for part in parts if run.ranks.any(len(part) > 0)]
         if len(parts) > 1:
             parts = [
                 run.objective.with_old_log_probs(
@@ -102,14 +114,13 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
                 for part in parts
             ]
         steps = [update(run, part, conditioning) for part in parts]
+    kept = combined.rewards_GSK[combined.kept_GS]
     return {
-        "reward": float(all_rewards_GSK.mean()),
-        "rewardStd": float(all_rewards_GSK.std(correction=0)),
-        "rewards": {
-            name: float(torch.cat(run.ranks.gather_rows(values)).mean())
-            for name, values in scores.items()
-        },
-        "advantageZeroShare": zero_share,
+        "reward": float(kept.mean()),
+        "rewardStd": float(kept.std(correction=0)),
+        **_scores_of_all(run, scores),
+        "groupsLeftOut": int((~combined.kept_GS).sum()),
+        "advantageZeroShare": combined.zero_share,
         **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
     }
 
@@ -117,26 +128,33 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
 def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, float]:
     """One optimizer step on the mean loss over all rows of all ranks; returns its metrics."""
     run.optimizer.zero_grad(set_to_none=False)
-    sums: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(()) for name in ex.LOSS_SUMS}
     rows = torch.tensor(float(len(part)), dtype=torch.float64)
     run.ranks.sum_([rows])
+    # A power of two, so nothing is rounded: it lifts what the means over rows and latents made
+    # small, in the backward alone. A fixed one is no state that a checkpoint would have to hold.
+    scale = 2.0 ** round(math.log2(float(rows) * math.prod(run.latent_shape)))
+    scale = scale if run.half_range else 1.0
     for batch in part.micro_batches(run.rows_per_training_call):
         found = run.objective.loss_sums(batch, run.policy, conditioning, run.tuning)
         loss = found["policy"] + run.objective.kl_coefficient * found["kl"]
-        (loss / float(rows)).backward()
+        (loss * scale / float(rows)).backward()
         for name, value in found.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
+            sums[name] = sums[name] + value.detach().cpu()
     parameters = list(run.tuning.parameters().values())
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    run.ranks.sum_([p.grad for p in parameters if p.grad is not None])
+        parameter.grad.div_(scale)
+    if not run.tuning.sharded:  # else the backward has summed them
+        run.ranks.sum_([p.grad for p in parameters if p.grad is not None])
     run.ranks.sum_(sums.values())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+    norm = sharding.clip_gradients(parameters, run.max_grad_norm)
     if not bool(norm.isfinite()):
+        remedy = "; or set spec.model.precision to bfloat16" if run.half_range else ""
         raise TrainingDiverged(
             f"the gradient norm is {float(norm)} at update {run.updates_done + 1}; lower "
-            "spec.optimizer.learningRate, or continue from an earlier checkpoint"
+            f"spec.optimizer.learningRate, or continue from an earlier checkpoint{remedy}"
         )
     run.optimizer.step()
     run.updates_done += 1
@@ -152,18 +170,20 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
 
 
 def learned_by_share(
-    learned: Experience, shares: Sequence[Sequence[Group]], rows_per_group: int
+    learned: Experience, shares: Sequence[Sequence[Group]], kept_GS: Tensor
 ) -> list[Experience]:
-    """The rows of each update: its groups are consecutive."""
-    rows = torch.arange(len(learned)).split([len(share) * rows_per_group for share in shares])
-    return [learned.rows(index) for index in rows]
+    """The rows of each update that are kept: its groups are consecutive."""
+    rows = torch.arange(len(learned))
+    sizes = [len(share) * kept_GS.shape[1] for share in shares]
+    kept_B = kept_GS.flatten()
+    return [learned.rows(index_B[kept_B[index_B]]) for index_B in rows.split(sizes)]
 
 
 def _encode(run: Run, groups: Sequence[Group]) -> Conditioning:
     """One row a group; each prompt is read once."""
     texts = list(dict.fromkeys(group.prompt.text for group in groups))
     index_G = torch.tensor([texts.index(group.prompt.text) for group in groups])
-    return run.policy.model.encode(texts).rows(index_G)
+    return run.policy.text.encode(texts).rows(index_G)
 
 
 def _randomness(
@@ -195,28 +215,57 @@ def _score(
 ) -> dict[str, Tensor]:
     """Decode and score, a call's rows at a time, so that images never pile up."""
     owners = [group for group in groups for _ in range(plan.images_per_group)]
+    at_a_time = run.walker.rows_per_call
+    if run.reward.group_wise:  # whole sets of draws, which stand one after the other
+        at_a_time = max(1, at_a_time // plan.draws) * plan.draws
     parts: list[dict[str, Tensor]] = []
-    for rows in torch.arange(len(owners)).split(run.walker.rows_per_call):
-        images = run.policy.model.decode(latents_NCHW[rows]).cpu()
+    for rows in torch.arange(len(owners)).split(at_a_time):
+        images = run.policy.decode(latents_NCHW[rows])
         prompts = [owners[i].prompt for i in rows.tolist()]
         parts.append(
-            run.reward.score(images, [p.text for p in prompts], [p.metadata for p in prompts])
+            run.reward.score(
+                images,
+                [p.text for p in prompts],
+                [p.metadata for p in prompts],
+                groups=(rows // plan.draws).tolist(),
+            )
         )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _advantages(
-    run: Run, rewards_GSK: Tensor, groups: Sequence[Group]
-) -> tuple[Tensor, Tensor, float]:
-    """Rewards of all ranks, this rank's advantages, and the share of groups without spread."""
+def _combine(
+    run: Run, rollouts: Rollouts, scores: Mapping[str, Tensor], groups: Sequence[Group]
+) -> tuple[Combined, slice]:
+    """Advantages over the draws of all ranks, and which of their groups are this rank's.
+
+    Raises:
+        RewardFailed: on every rank, when no group has all its required scores.
+    """
+    names = [term.name for term in run.reward.trained]
+    scores_GSKR = torch.stack([rollouts.rewards_GSK(scores[name]) for name in names], dim=3)
+    by_rank = run.ranks.gather_rows(scores_GSKR)
     ids_G = torch.tensor([group.prompt.id for group in groups])
-    by_rank = run.ranks.gather_rows(rewards_GSK)
-    every_GSK, every_id_G = torch.cat(by_rank), torch.cat(run.ranks.gather_rows(ids_G))
+    every_id_G = torch.cat(run.ranks.gather_rows(ids_G))
+    components = run.reward.components(dict(zip(names, torch.cat(by_rank).unbind(3), strict=True)))
+    combined = combination.combine(components, every_id_G, run.advantage_rule)
+    if combined is None:
+        raise RewardFailed(
+            "no group of draws has all its required scores in this epoch, so there is nothing to "
+            "learn from; see the log for the reasons, or set required: false for a reward that "
+            "may be absent"
+        )
     before = sum(len(part) for part in by_rank[: run.ranks.rank])
-    mine = slice(before, before + len(groups))
-    rule = run.advantage_rule
-    return (
-        every_GSK,
-        advantages.advantages_GSK(every_GSK, every_id_G, rule)[mine],
-        advantages.zero_spread_share(every_GSK, every_id_G, rule.scope),
-    )
+    return combined, slice(before, before + len(groups))
+
+
+def _scores_of_all(run: Run, scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Over the images of all ranks: each reward's mean, and how many images it failed with."""
+    gathered = {name: torch.cat(run.ranks.gather_rows(scores[name])) for name in scores}
+    return {
+        "rewards": {
+            name: float(values[values.isfinite()].mean())
+            for name, values in gathered.items()
+            if bool(values.isfinite().any())
+        },
+        "missingScores": {name: int(values.isnan().sum()) for name, values in gathered.items()},
+    }

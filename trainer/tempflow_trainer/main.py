@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 
 from tempflow_api import naming
-from tempflow_api.errors import DeviceMissing, ExitCode, StoreUnavailable, TempFlowError
+from tempflow_api.errors import (
+    DeviceMissing,
+    ExitCode,
+    RewardFailed,
+    StoreUnavailable,
+    TempFlowError,
+)
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed
@@ -27,17 +33,30 @@ from tempflow_trainer.ema import Ema
 from tempflow_trainer.evaluation import Evaluator
 from tempflow_trainer.experience import Objective
 from tempflow_trainer.loop import Run
-from tempflow_trainer.metrics import Record, Stopwatch
+from tempflow_trainer.metrics import Record, Stopwatch, phase_of
 from tempflow_trainer.models import families
-from tempflow_trainer.models.base import FlowModel, Policy
+from tempflow_trainer.models.base import FlowModel, Policy, TextEncoder
+from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.progress import ProgressServer
 from tempflow_trainer.rewards import registry
+from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import open_store
 
 log = logging.getLogger(__name__)
+
+# What to change when the device's memory does not suffice, by the phase in which it did not.
+MEMORY_REMEDIES = {
+    "start": "set spec.model.precision to bfloat16, spec.compute.textCacheMebibytes, or "
+    "spec.compute.strategy to shard",
+    "rollout": "lower spec.compute.rowsPerCall, or set spec.compute.textCacheMebibytes",
+    "scoring": "lower spec.compute.rowsPerDecode, or set spec.compute.tiledDecode",
+    "update": "lower spec.compute.rowsPerTrainingCall, or set spec.compute.gradientCheckpointing",
+    "evaluation": "lower spec.compute.rowsPerCall or spec.compute.rowsPerDecode",
+    "checkpoint": "lower spec.compute.rowsPerCall, which leaves more room between the phases",
+}
 
 
 def device_of(spec: JobSpec, local_rank: int) -> torch.device:
@@ -60,6 +79,13 @@ def device_of(spec: JobSpec, local_rank: int) -> torch.device:
     return device
 
 
+def tuning_of(spec: JobSpec, model: FlowModel) -> Tuning:
+    """The weights of ``model`` that the job trains; they are set up for it."""
+    if spec.model.lora is not None:
+        return LoraTuning(model, spec.model.lora, spec.algorithm.seed)
+    return FullTuning(model, keep_reference=spec.algorithm.kl_coefficient > 0)
+
+
 def build_run(
     spec: JobSpec,
     model: FlowModel,
@@ -67,19 +93,25 @@ def build_run(
     ranks: Ranks,
     device: torch.device,
     stop_requested: Callable[[], bool],
+    place: Place | None = None,
 ) -> Run:
-    """The parts of a run, from a specification that keeps all rules."""
+    """The parts of a run, from a specification that keeps all rules.
+
+    Raises:
+        RewardFailed: a reward that does not exist, or compares draws where there is one.
+    """
     algorithm, sampling = spec.algorithm, spec.sampling
-    tuning: Tuning = (
-        LoraTuning(model, spec.model.lora, algorithm.seed)
-        if spec.model.lora is not None
-        else FullTuning(model, keep_reference=algorithm.kl_coefficient > 0)
-    )
+    set_memory_savers(spec, model)
+    tuning = tuning_of(spec, model)
+    if spec.compute.strategy == "shard" and ranks.world > 1:
+        tuning.shard(ranks, device)
     policy = Policy.of(
         model,
         guidance_scale=sampling.guidance_scale,
         negative_prompt=sampling.negative_prompt,
         device=device,
+        text=text_encoder_of(spec, model, device),
+        rows_per_decode=spec.compute.rows_per_decode,
         training_guidance_scale=sampling.training_guidance_scale,
         unconditional_gradient=algorithm.guidance_gradient == "both",
     )
@@ -87,6 +119,12 @@ def build_run(
     walker = Walker(
         policy, schedule, sampling.noise_level, spec.compute.rows_per_call, sampling.sde
     )
+    reward = registry.build(spec.rewards, place or Place())
+    if reward.group_wise and algorithm.branches_per_seed < 2:
+        raise RewardFailed(
+            "spec.rewards: a reward compares the draws of a branch step, of which there is one; "
+            "raise algorithm.branchesPerSeed, or leave the reward to tempflow's method"
+        )
     return Run(
         ranks=ranks,
         policy=policy,
@@ -107,16 +145,31 @@ def build_run(
         ),
         exploration=Exploration(algorithm, sampling, schedule),
         walker=walker,
-        reward=registry.build(spec.rewards),
+        reward=reward,
         advantage_rule=AdvantageRule(**algorithm.advantage.model_dump()),
         objective=objective_of(spec),
         latent_shape=model.latent_shape(sampling.height, sampling.width),
         run_seed=algorithm.seed,
         rows_per_training_call=spec.compute.rows_per_training_call,
         max_grad_norm=spec.optimizer.max_grad_norm,
+        half_range=spec.model.precision == "float16" and spec.model.lora is not None,
         clock=Stopwatch(),
         stop_requested=stop_requested,
     )
+
+
+def set_memory_savers(spec: JobSpec, model: FlowModel) -> None:
+    """Switch on what the libraries offer to need less memory, where the job asks for it."""
+    if spec.compute.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    if spec.compute.tiled_decode:
+        model.decode_in_tiles()
+
+
+def text_encoder_of(spec: JobSpec, model: FlowModel, device: torch.device) -> TextEncoder:
+    """The model itself, or a cache before it."""
+    most = spec.compute.text_cache_mebibytes * 2**20
+    return TextCache(model, device=device, most_bytes=most) if most else model
 
 
 def objective_of(spec: JobSpec) -> Objective:
@@ -154,6 +207,7 @@ def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
         latent_shape=run.latent_shape,
         run_seed=spec.algorithm.seed,
         ranks=run.ranks,
+        equal_shares=run.tuning.sharded,
     )
 
 
@@ -178,7 +232,8 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
     model = families.load(spec.model, cache=work / "models", device=device)
-    run = build_run(spec, model, prompts, ranks, device, stop_requested)
+    place = Place(device, work / "models")
+    run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
     Session(
         spec=spec,
         run=run,
@@ -197,7 +252,12 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
 
 def read_job(path: Path) -> TempFlowGRPOJob:
     """The resolved job, checked again: it may have been edited, or come from a newer operator."""
-    job = TempFlowGRPOJob.model_validate_json(path.read_bytes())
+    return read_job_text(path.read_text(encoding="utf-8"))
+
+
+def read_job_text(text: str) -> TempFlowGRPOJob:
+    """The same, from its JSON."""
+    job = TempFlowGRPOJob.model_validate_json(text)
     broken = broken_rules(job.spec)
     if broken:
         raise ValueError("; ".join(f"{rule.path}: {rule.message}" for rule in broken))
@@ -238,10 +298,9 @@ def _judge(error: Exception) -> tuple[ExitCode, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return ExitCode.STORE, f"cannot write {error.filename or 'the record'}: {error.strerror}"
     if isinstance(error, torch.OutOfMemoryError):
-        return ExitCode.DEVICE, (
-            "out of GPU memory; lower spec.compute.rowsPerCall (rollout) or "
-            f"spec.compute.rowsPerTrainingCall (update): {text}"
-        )
+        phase = phase_of(error)
+        remedy = MEMORY_REMEDIES.get(phase or "", MEMORY_REMEDIES["start"])
+        return ExitCode.DEVICE, f"out of device memory in {phase or 'the start'}: {remedy}: {text}"
     return ExitCode.BUG, f"{type(error).__name__}: {text}"
 
 

@@ -13,6 +13,8 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api.record import Evaluation, Metrics
 from tempflow_api.status import Progress
 
+PHASE_NOTE = "in phase: "
+
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -25,11 +27,14 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time inside the context for ``phase``."""
+        """Count the time inside the context for ``phase``; an error is noted to be of it."""
         self.on_phase(phase)
         start = time.perf_counter()
         try:
             yield
+        except Exception as error:
+            error.add_note(PHASE_NOTE + phase)
+            raise
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
@@ -38,6 +43,13 @@ class Stopwatch:
         return {
             p: s - before.get(p, 0.0) for p, s in self.seconds.items() if s > before.get(p, 0.0)
         }
+
+
+def phase_of(error: BaseException) -> str | None:
+    """The phase in which an error arose; None outside of all phases."""
+    notes = getattr(error, "__notes__", [])
+    phases = [n.removeprefix(PHASE_NOTE) for n in notes if n.startswith(PHASE_NOTE)]
+    return phases[0] if phases else None
 
 
 def now() -> str:

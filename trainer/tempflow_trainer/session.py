@@ -16,7 +16,7 @@ from tempflow_api.record import Metrics, Spread
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import checkpoint
+from tempflow_trainer import checkpoint, sharding
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
 from tempflow_trainer.loop import Run, run_epoch
@@ -102,6 +102,12 @@ class Session:
                 self.last.reward,
                 self.last.images_per_second,
             )
+            if self.last.groups_left_out:
+                log.warning(
+                    "epoch %d: %d groups of draws lack a required score and are left out",
+                    self.epochs_done,
+                    self.last.groups_left_out,
+                )
         last = self.epochs_done == self.spec.algorithm.epochs
         if last or self.epochs_done % self.spec.evaluation.every_epochs == 0:
             self._evaluate()
@@ -132,17 +138,20 @@ class Session:
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
         self.record.append(layout.EVALUATIONS, _evaluation_line(self.epochs_done, found, grid))
         log.info(
-            "evaluation after %d epochs: reward %.4f", self.epochs_done, float(found.total.mean())
+            "evaluation after %d epochs: reward %.4f",
+            self.epochs_done,
+            float(found.total.nanmean()),
         )
 
     def _save(self) -> None:
         """Commit on rank 0; the others wait, so that none runs ahead of a failed save."""
         with self.run.clock("checkpoint"):
-            self.committed_uri = self._on_first(self._commit)
+            state = self._state()
+            self.committed_uri = self._on_first(lambda: self._commit(state))
         self.committed = self.epochs_done
 
-    def _commit(self) -> str:
-        folder = self.checkpoints.save(self._state(), self._export)
+    def _commit(self, state: State) -> str:
+        folder = self.checkpoints.save(state, lambda folder: self._export(folder, state.average))
         self._store_record()
         return f"{self.checkpoints.store.uri}/{folder}"
 
@@ -159,21 +168,21 @@ class Session:
             raise of_code(int(answer["code"]), str(answer["message"]))
         return str(answer["value"])
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, average: dict[str, Tensor]) -> None:
         """The result people use is the average, as evaluated; with what is needed to load it."""
         config = self.spec.model_dump_json(by_alias=True, indent=1)
         (folder / layout.CONFIG).write_text(config, encoding="utf-8")
-        with self.run.tuning.values(self.run.ema.values):
-            self.run.tuning.export(folder)
+        self.run.tuning.export(folder, average)
 
     def _state(self) -> State:
-        names = list(self.run.tuning.parameters())
+        """On rank 0; the others ask with it, as it takes all of them to make parts whole."""
+        names, first = list(self.run.tuning.parameters()), self.run.ranks.is_first
         return State(
             epochs_done=self.epochs_done,
             updates_done=self.run.updates_done,
-            trained={n: p.detach() for n, p in self.run.tuning.parameters().items()},
-            average=self.run.ema.values,
-            optimizer=checkpoint.optimizer_tensors(self.run.optimizer, names),
+            trained=sharding.gathered(self.run.tuning.parameters(), keep=first),
+            average=sharding.gathered(self.run.ema.values, keep=first),
+            optimizer=checkpoint.optimizer_tensors(self.run.optimizer, names, keep=first),
             totals=self._totals(),
         )
 
@@ -223,7 +232,8 @@ class Session:
     def _restore(self, state: State) -> None:
         self.run.tuning.assign(state.trained)
         for name, value in state.average.items():
-            self.run.ema.values[name].copy_(value)
+            average = self.run.ema.values[name]
+            average.copy_(sharding.like(value, average))
         names = list(self.run.tuning.parameters())
         checkpoint.restore_optimizer(self.run.optimizer, names, state.optimizer)
         self.epochs_done, self.run.updates_done = state.epochs_done, state.updates_done
@@ -293,7 +303,11 @@ class Session:
 
 
 def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> EvaluationLine:
-    spreads = {name: Spread(**_moments(values)) for name, values in found.scores.items()}
+    spreads = {
+        name: Spread(**_moments(values))
+        for name, values in found.scores.items()
+        if bool(values.isfinite().any())
+    }
     total = _moments(found.total)
     return EvaluationLine(
         epoch=epoch,
@@ -301,6 +315,7 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
         reward=total["mean"],
         reward_std=total["std"],
         rewards=spreads,
+        missing_scores={name: int(v.isnan().sum()) for name, v in found.scores.items()},
         diversity=found.diversity,
         images=len(found.total),
         grid=grid,
@@ -308,4 +323,6 @@ def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> Evaluat
 
 
 def _moments(values: Tensor) -> dict[str, float]:
-    return {"mean": float(values.mean()), "std": float(values.std(correction=0))}
+    """Of the scores that are there."""
+    there = values[values.isfinite()]
+    return {"mean": float(there.mean()), "std": float(there.std(correction=0))}

@@ -24,6 +24,7 @@ def summarise(
         rewards={
             name: BeforeAfter(before=first.rewards[name].mean, after=spread.mean)
             for name, spread in last.rewards.items()
+            if name in first.rewards
         },
         diversity=diversity,
         evaluations=int(sum(_below("evaluations.", totals).values())),

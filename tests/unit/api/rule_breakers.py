@@ -86,6 +86,8 @@ _NO_UNCONDITIONAL = _position("is both without", "spec.algorithm.guidanceGradien
 _TWO_DRAWS = _position("a group needs", "spec.algorithm.branchesPerSeed")
 _EQUAL_SHARES = _position("divides", "spec.algorithm.updatesPerEpoch")
 _IDLE = _position("more processes", "spec.compute.processesPerNode")
+_NO_TILES = _position("the digits family has no", "spec.compute.tiledDecode")
+_IN_STEP = _position("with shard", "spec.compute.strategy")
 _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
@@ -206,6 +208,12 @@ BREAKERS = (
     ),
     Breaker("unequal shares", _EQUAL_SHARES, {"algorithm.updatesPerEpoch": 3}),
     Breaker("too many processes", _IDLE, {"compute.processesPerNode": 9}),
+    Breaker("tiles without autoencoder", _NO_TILES, {"compute.tiledDecode": True}),
+    Breaker(
+        "a share too many",
+        _IN_STEP,
+        {"compute.strategy": "shard", "compute.processesPerNode": 3},
+    ),
     Breaker(
         "nothing to learn from", _NO_WEIGHT, {"rewards": [{"name": "digit-ink", "weight": 0.0}]}
     ),

@@ -1,13 +1,11 @@
 """What the chart lets its pods do, and what it grants to whom."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tempflow_operator.metrics import Metrics
 from tempflow_operator.settings import ENVIRONMENT
 from tests.helm import CHART, Helm, Manifest, kinds, of_kind
 
@@ -123,29 +121,6 @@ def test_the_operator_gets_variables_that_it_reads(helm: Helm) -> None:
 def test_a_budget_needs_a_second_replica(helm: Helm, replicas: str, budgets: int) -> None:
     objects = helm.objects("--values", DEFAULT, "--set", f"replicas={replicas}")
     assert len(of_kind(objects, "PodDisruptionBudget")) == budgets
-
-
-def test_monitors_need_a_cluster_that_knows_them(helm: Helm) -> None:
-    without = helm.objects("--values", ALL_ON)
-    assert not kinds(without) & {"ServiceMonitor", "PrometheusRule"}
-    known = helm.objects("--values", ALL_ON, "--api-versions", "monitoring.coreos.com/v1")
-    assert kinds(known) >= {"ServiceMonitor", "PrometheusRule"}
-
-
-def test_alerts_name_metrics_that_there_are(helm: Helm) -> None:
-    objects = helm.objects("--values", ALL_ON, "--api-versions", "monitoring.coreos.com/v1")
-    (rule,) = of_kind(objects, "PrometheusRule")
-    expressions = [entry["expr"] for group in rule["spec"]["groups"] for entry in group["rules"]]
-    named = {name for text in expressions for name in re.findall(r"\btempflow_\w+", text)}
-    endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
-    exported = {
-        family.name + ending
-        for family in Metrics().registry.collect()
-        for ending in endings.get(family.type, ("",))
-    }
-    assert len(expressions) >= 4
-    assert named
-    assert named <= exported
 
 
 def test_nothing_selects_the_test_pod(helm: Helm) -> None:

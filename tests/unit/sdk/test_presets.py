@@ -1,11 +1,9 @@
 """The manifests that `tempflow init` writes."""
 
-from pathlib import Path
-
 import pytest
 
 from tempflow.manifest import parse_text
-from tempflow.presets import Preset, all_presets, listing, preset, write
+from tempflow.presets import Preset, all_presets, listing, preset
 from tempflow.refused import Refused
 from tempflow_trainer.rewards.registry import REWARDS
 
@@ -79,21 +77,6 @@ def test_an_unknown_name() -> None:
 
 def test_the_list_names_each() -> None:
     assert [line for line in listing() if not line.startswith(" ")] == [p.name for p in PRESETS]
-
-
-def test_a_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
-    target = tmp_path / "job.yaml"
-    target.write_text("mine")
-    with pytest.raises(Refused, match="exists: choose another with -o, or overwrite with --force"):
-        write(preset("digits"), target, overwrite=False)
-    assert target.read_text() == "mine"
-    write(preset("digits"), target, overwrite=True)
-    assert target.read_text() == preset("digits").text
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="no such file or directory"):
-        write(preset("digits"), tmp_path / "no" / "job.yaml", overwrite=False)
 
 
 def test_a_preset_says_which_of_its_rewards_does_not_exist() -> None:

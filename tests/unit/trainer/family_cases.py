@@ -105,12 +105,14 @@ class Case:
             "sd3": {"guidance_scale": self.guidance, "negative_prompt": negative},
             "flux": {"guidance_scale": self.guidance},
             "qwen-image": {"true_cfg_scale": self.guidance, "negative_prompt": negative},
+            # Its negative prompt is always the empty one.
+            "flux2-klein": {"guidance_scale": self.guidance},
         }
         latents = starts_BCHW
-        if self.family != "sd3":
+        if self.family in ("flux", "qwen-image"):
             latents = pipeline._pack_latents(starts_BCHW, *starts_BCHW.shape)
         images: Tensor = pipeline(
-            list(PROMPTS),
+            prompt=list(PROMPTS),
             height=height,
             width=width,
             num_inference_steps=STEPS,
@@ -126,6 +128,7 @@ DIGITS = Case("digits", guidance=2.0)
 SD3 = Case("sd3", guidance=4.5, pipeline=tiny_models.sd3_pipeline)
 FLUX = Case("flux", guidance=3.5, pipeline=tiny_models.flux_pipeline)
 QWEN = Case("qwen-image", guidance=4.0, negative=" ", pipeline=tiny_models.qwen_pipeline)
+KLEIN = Case("flux2-klein", guidance=4.0, pipeline=tiny_models.klein_pipeline)
 
 
 def plain_pipeline(case: Case, folders: Path) -> Any:

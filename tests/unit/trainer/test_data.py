@@ -2,8 +2,11 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from tempflow_api.errors import ManifestInvalid
 from tempflow_trainer.data import Prompt, PromptOrder, load_prompts
 from tests.numerics.toys import spec_of
+from tests.unit.trainer.conftest import BUCKET
 
 law = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -134,6 +138,87 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: str, message
         ManifestInvalid, match=rf"prompts\.jsonl:3: spec\.data\.promptsFile: {message}"
     ):
         load(path)
+
+
+def dataset(folder: Path, *parts: list[dict[str, object]]) -> Path:
+    """As ``datasets`` saves one split: Arrow streams, and a file of state that lists them."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
+    for name, rows in zip(names, parts, strict=True):
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table)
+    state = {"_data_files": [{"filename": name} for name in names], "_format_type": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+PARTS: list[list[dict[str, object]]] = [
+    [{"prompt": "a cat", "count": 2}, {"prompt": "a dog", "count": None}],
+    [{"prompt": "a hen", "count": 1}],
+]
+
+
+def test_a_saved_dataset_is_a_prompt_a_row(tmp_path: Path) -> None:
+    found = load(dataset(tmp_path / "train", *PARTS))
+    assert [(p.id, p.text, p.metadata["count"]) for p in found] == [
+        (0, "a cat", 2),
+        (1, "a dog", None),
+        (2, "a hen", 1),
+    ]
+
+
+def cut(folder: Path) -> None:
+    file = folder / "data-00001-of-00002.arrow"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut, r"data-00001-of-00002\.arrow: spec\.data\.promptsFile: cannot be read: "),
+        (lambda f: (f / "data-00000-of-00002.arrow").unlink(), r"data-00000-of-00002.*cannot be r"),
+        (lambda f: (f / "state.json").write_text("{}"), r"state\.json is damaged: KeyError"),
+        (lambda f: (f / "state.json").write_text('{"_data_files": []}'), "holds no prompt"),
+        (lambda f: (f / "state.json").unlink(), "cannot be read: .*directory"),
+    ],
+)
+def test_a_damaged_dataset_is_described(
+    damage: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    folder = dataset(tmp_path / "train", *PARTS)
+    damage(folder)
+    with pytest.raises(ManifestInvalid, match=words):
+        load(folder)
+
+
+def test_a_dataset_without_prompts_lists_what_it_has(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "train", [{"caption": "a cat", "url": "x"}])
+    with pytest.raises(ManifestInvalid, match='text in column "prompt"; there is caption, url'):
+        load(folder)
+
+
+@pytest.fixture
+def bucket(s3_client: Any, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    return s3_client
+
+
+def test_prompts_come_from_s3_in_every_form(bucket: Any, tmp_path: Path) -> None:
+    bucket.put_object(Bucket=BUCKET, Key="p/a.txt", Body=b"first\nsecond\n")
+    bucket.put_object(Bucket=BUCKET, Key="p/a.jsonl", Body=b'{"prompt": "a cat", "count": 2}\n{}\n')
+    for file in dataset(tmp_path / "train", *PARTS).iterdir():
+        bucket.upload_file(str(file), BUCKET, f"p/train/{file.name}")
+
+    def read(name: str) -> list[Prompt]:
+        return load_prompts(spec_of({"data": {"promptsFile": f"s3://{BUCKET}/p/{name}"}}))
+
+    assert [p.text for p in read("a.txt")] == ["first", "second"]
+    assert [p.text for p in read("train")] == ["a cat", "a dog", "a hen"]
+    with pytest.raises(ManifestInvalid, match=rf"s3://{BUCKET}/p/a\.jsonl:2: .*text \"prompt\""):
+        read("a.jsonl")
+    with pytest.raises(ManifestInvalid, match=rf"s3://{BUCKET}/p/none\.txt: .*cannot be read: "):
+        read("none.txt")
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from tests.unit.trainer.family_cases import (
     CPU,
     DIGITS,
     FLUX,
+    KLEIN,
     MAX_TEXT_TOKENS,
     PROMPTS,
     QWEN,
@@ -42,7 +43,7 @@ from tests.unit.trainer.family_cases import (
 # Float32 sums in another order: 8e-7 measured over all families and sizes; guidance, a prompt or
 # the scale of an adapter change images by 1e-3 and more.
 SAME = 5e-6
-WITH_PIPELINE = [SD3, FLUX, QWEN]
+WITH_PIPELINE = [SD3, FLUX, QWEN, KLEIN]
 EVERY = [DIGITS, *WITH_PIPELINE]
 SIZES = [(32, 32), (48, 48), (16, 32), (48, 16)]
 

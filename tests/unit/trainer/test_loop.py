@@ -32,6 +32,8 @@ METRICS = {
     "reward",
     "rewardStd",
     "rewards",
+    "missingScores",
+    "groupsLeftOut",
     "advantageZeroShare",
     "loss",
     "kl",

@@ -130,6 +130,36 @@ def test_a_target_that_matches_nothing_is_an_error_with_near_names(target: str, 
     assert near in text
 
 
+def test_an_expression_between_slashes_is_for_the_whole_path(tmp_path: Path) -> None:
+    """What it adapted is in the exported file, so that any loader adapts the same."""
+    model = model_of("digits")
+    tuning = LoraTuning(model, Lora(rank=4, targets=[r"/.*\.1\.attn\.to_[qk]/", "ff.net.2"]), 0)
+    adapted = {name.split(".lora")[0] for name in tuning.parameters()}
+    blocks = len(model.transformer.transformer_blocks)
+    assert adapted == {
+        "transformer_blocks.1.attn.to_q",
+        "transformer_blocks.1.attn.to_k",
+        *(f"transformer_blocks.{i}.ff.net.2" for i in range(blocks)),
+    }
+    move(tuning)
+    tuning.export(tmp_path)
+    fresh = model_of("digits")
+    load_result(fresh, tmp_path)
+    torch.testing.assert_close(velocity(fresh, "digits"), velocity(model, "digits"))
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("/attn.to_q/", "matches no projection of the model; near names are attn.to_q"),
+        ("/attn.(to_q/", "is not a regular expression: missing \\), unterminated subpattern"),
+    ],
+)
+def test_an_expression_that_finds_nothing_is_an_error(target: str, words: str) -> None:
+    with pytest.raises(ModelUnavailable, match=f"spec.model.lora.targets: .*{words}"):
+        LoraTuning(model_of("digits"), Lora(targets=[target]), 0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_reference_is_the_model_before_training_and_leaves_no_trace(

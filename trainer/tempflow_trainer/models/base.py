@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tempflow_trainer.algorithm.schedule import Schedule
 
@@ -45,6 +45,8 @@ class Conditioning:
 class FlowModel(ABC):
     """A text-to-image model that predicts v = noise - image. One subclass a family."""
 
+    pipeline: Any = None
+    """diffusers' own pipeline of the model; None where the family has none."""
     transformer: Any
     """The network that is trained; a diffusers model, which is untyped."""
     lora_targets: tuple[str, ...]
@@ -72,6 +74,19 @@ class FlowModel(ABC):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images [B, 3, height, width], float32 in [0, 1]."""
 
+    def text_encoders(self) -> list[nn.Module]:
+        """What ``encode`` runs; it may be moved away between two calls."""
+        parts = {} if self.pipeline is None else self.pipeline.components
+        return [
+            part
+            for name, part in parts.items()
+            if name.startswith("text_encoder") and part is not None
+        ]
+
+    def decode_in_tiles(self) -> None:
+        """Decode large latents piece by piece from now on: less memory, blended seams."""
+        self.pipeline.vae.enable_tiling()
+
     def embed_guidance(self, conditioning: Conditioning, scale: float) -> Conditioning:
         """For a network that reads the guidance scale: with the scale among its inputs."""
         del scale
@@ -80,6 +95,12 @@ class FlowModel(ABC):
     def combine(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         """The velocity of classifier-free guidance."""
         return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
+
+
+class TextEncoder(Protocol):
+    """Encodes prompts, one row each: a model, or a cache before it."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
 
 @dataclass
@@ -91,9 +112,12 @@ class Policy:
     negative: Conditioning | None
     """The one row that guidance steers away from; None where guidance needs none."""
     device: torch.device
-    training_guidance_scale: float
-    """Of the velocities that are trained on, and of the reference's."""
-    unconditional_gradient: bool
+    text: TextEncoder
+    rows_per_decode: int | None = None
+    """Most latents that are decoded at once; None decodes as many as are asked for."""
+    training_guidance_scale: float | None = None
+    """Of the velocities that are trained on, and of the reference's; None as in the rollout."""
+    unconditional_gradient: bool = True
     """Whether training goes through the unconditional velocity of guidance, too."""
     evaluations: dict[str, int] = field(
         default_factory=lambda: {"rollout": 0, "training": 0, "reference": 0, "evaluation": 0}
@@ -107,6 +131,8 @@ class Policy:
         guidance_scale: float,
         negative_prompt: str,
         device: torch.device,
+        text: TextEncoder | None = None,
+        rows_per_decode: int | None = None,
         training_guidance_scale: float | None = None,
         unconditional_gradient: bool = True,
     ) -> "Policy":
@@ -114,15 +140,30 @@ class Policy:
 
         Training is guided as the rollout where it has no scale of its own.
         """
-        training = guidance_scale if training_guidance_scale is None else training_guidance_scale
-        guided = model.classifier_free and (guidance_scale, training) != (1, 1)
-        negative = model.encode([negative_prompt]) if guided else None
-        return cls(model, guidance_scale, negative, device, training, unconditional_gradient)
+        text = model if text is None else text
+        scales = {guidance_scale, training_guidance_scale or guidance_scale}
+        guided = model.classifier_free and scales != {1}
+        return cls(
+            model,
+            guidance_scale,
+            text.encode([negative_prompt]) if guided else None,
+            device,
+            text,
+            rows_per_decode,
+            training_guidance_scale,
+            unconditional_gradient,
+        )
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Images on the CPU, [B, 3, height, width], float32 in [0, 1]."""
+        parts = latents_BCHW.split(self.rows_per_decode or len(latents_BCHW))
+        return torch.cat([self.model.decode(part).cpu() for part in parts])
 
     def scale(self, purpose: str) -> float:
         """The guidance of a velocity for that purpose."""
-        trained = purpose in ("training", "reference")
-        return self.training_guidance_scale if trained else self.guidance_scale
+        if purpose in ("training", "reference") and self.training_guidance_scale is not None:
+            return self.training_guidance_scale
+        return self.guidance_scale
 
     def rows_per_velocity(self, purpose: str) -> int:
         """Rows of the network for one velocity: 2 with classifier-free guidance."""
@@ -144,9 +185,11 @@ class Policy:
             return self.model.velocity(latents, sigma, embedded).float()
         unconditional = self.negative.rows(torch.zeros(rows, dtype=torch.long))
         if not self.unconditional_gradient and purpose == "training":
-            conditional = self.model.velocity(latents, sigma, conditioning).float()
+            # First, for nothing may run between a forward and its backward where weights are
+            # gathered for both.
             with torch.no_grad():
                 plain = self.model.velocity(latents, sigma, unconditional).float()
+            conditional = self.model.velocity(latents, sigma, conditioning).float()
             return self.model.combine(conditional, plain, scale)
         both = self.model.velocity(
             torch.cat([latents, latents]),

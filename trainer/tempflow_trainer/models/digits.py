@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
 from tempflow_api.errors import ManifestInvalid, ModelUnavailable, Problem
@@ -133,6 +133,9 @@ class Digits(FlowModel):
         if dtype != pipeline.transformer.dtype:
             pipeline.transformer.to(dtype)
         return cls(pipeline, device)
+
+    def text_encoders(self) -> list[nn.Module]:
+        return [self._pipeline.text_encoder]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return 1, height, width

@@ -18,6 +18,7 @@ FAMILIES = {
     "sd3": "tempflow_trainer.models.sd3:Sd3",
     "flux": "tempflow_trainer.models.flux:Flux",
     "qwen-image": "tempflow_trainer.models.qwen_image:QwenImage",
+    "flux2-klein": "tempflow_trainer.models.flux2_klein:Flux2Klein",
 }
 
 

@@ -1,6 +1,8 @@
 """Where a model's files are: a folder, an object store, or the Hugging Face hub."""
 
+import json
 import os
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,24 @@ from typing import Any
 import fsspec
 import torch
 from botocore.exceptions import BotoCoreError
+from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the client's
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
 
 BUILTIN = "builtin:"
+INDEX = "model_index.json"
 
 
 def locate(model: Model, cache: Path) -> str:
@@ -43,17 +58,111 @@ def locate(model: Model, cache: Path) -> str:
 def open_pipeline(kind: Any, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
     """The diffusers pipeline of class ``kind``, which is untyped, at a folder or hub id.
 
+    Weights are read from safetensors only: other files may run code while they are read.
+
     Raises:
         ModelUnavailable: files missing, no access, no network, or another kind of model.
     """
     refused = f"spec.model.source: {source} cannot be loaded as {kind.__name__}: "
     try:
-        found = kind.load_config(source, revision=revision).get("_class_name")
-        if found != kind.__name__:
-            raise ModelUnavailable(f"{refused}it is a {found}; see spec.model.family")
-        return kind.from_pretrained(source, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
+        folder = Path(source) if Path(source).is_dir() else _from_hub(kind, source, revision)
+        _check_files(kind, folder)
+        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except ModelUnavailable as error:
         raise ModelUnavailable(f"{refused}{error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelUnavailable(f"{refused}{_one_line(error)}") from error
+
+
+def _from_hub(kind: Any, name: str, revision: str | None) -> Path:
+    """The folder in the hub's cache, with everything that the pipeline reads."""
+    try:
+        index = hf_hub_download(name, INDEX, revision=revision)
+        _check_kind(kind, Path(index).parent)
+        return Path(kind.download(name, revision=revision, use_safetensors=True))
+    except (OSError, ValueError, HTTPError) as error:
+        raise ModelUnavailable(_hub_error(error, name, revision)) from error
+
+
+def _hub_error(error: BaseException, name: str, revision: str | None) -> str:
+    """What is missing, and how to get it. The libraries wrap the cause several times."""
+    causes: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None:
+        causes.append(found)
+        found = found.__cause__ or found.__context__
+    site = constants.ENDPOINT
+    reasons: dict[tuple[type[BaseException], ...], str] = {
+        (GatedRepoError,): (
+            f"its licence has to be accepted at {site}/{name}, and a token of that account given "
+            f"as HF_TOKEN (on a cluster by spec.compute.secretName); {_token_state()}"
+        ),
+        (RevisionNotFoundError,): f"it has no revision {revision!r}: see spec.model.revision",
+        (RepositoryNotFoundError,): (
+            f"there is no such model at {site}, or it is private and HF_TOKEN may not read it; "
+            f"{_token_state()}"
+        ),
+        (RemoteEntryNotFoundError,): (
+            f"it has no {INDEX}: expected a model in the diffusers layout"
+        ),
+        (OfflineModeIsEnabled,): (
+            "it is not in the local cache, and HF_HUB_OFFLINE forbids the network"
+        ),
+        (HfHubHTTPError,): f"{site} refuses: {_one_line(error)}",
+        (LocalEntryNotFoundError, HTTPError): (
+            f"{site} does not answer, and it is not in the local cache; check the network and "
+            "HTTPS_PROXY, or copy the model to a folder or to s3://"
+        ),
+    }
+    for kinds, reason in reasons.items():
+        if any(isinstance(cause, kinds) for cause in causes):
+            return reason
+    return _one_line(error)
+
+
+def _token_state() -> str:
+    return "a token is set" if get_token() else "no token is set"
+
+
+def _check_kind(kind: Any, folder: Path) -> dict[str, Any]:
+    """The index of a pipeline: its class, and the class of each part."""
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelUnavailable(
+            f"there is no {INDEX} in {folder}: expected a folder in the diffusers layout"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ModelUnavailable(f"{folder / INDEX} cannot be read: {error}") from error
+    found = index.get("_class_name")
+    if found != kind.__name__:
+        raise ModelUnavailable(f"it is a {found}; see spec.model.family")
+    return index
+
+
+def _check_files(kind: Any, folder: Path) -> None:
+    """Name what is missing before minutes of loading, and by its path."""
+    for part, described in _check_kind(kind, folder).items():
+        is_part = isinstance(described, list) and described[:1] != [None]
+        if part.startswith("_") or not is_part:
+            continue
+        if not (folder / part).is_dir():
+            raise ModelUnavailable(f"the folder {folder / part} is missing")
+        for index in (folder / part).glob("*.safetensors.index.json"):
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError) as error:
+                raise ModelUnavailable(f"{index} is damaged: {error}") from error
+            missing = sorted(s for s in shards if not (folder / part / s).is_file())
+            if missing:
+                raise ModelUnavailable(
+                    f"{len(missing)} of {len(shards)} files of weights are missing, the first is "
+                    f"{folder / part / missing[0]}"
+                )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fetch(source: str, cache: Path) -> Path:
@@ -62,15 +171,32 @@ def _fetch(source: str, cache: Path) -> Path:
         return target
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
-        filesystem, prefix = fsspec.url_to_fs(source, use_listings_cache=False)
+        filesystem, prefix = fsspec.url_to_fs(
+            source, use_listings_cache=False, skip_instance_cache=True
+        )
         found = filesystem.find(prefix)
         for key in found:
             file = partial / key.removeprefix(prefix).lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(key, str(file))
+    except FileNotFoundError as error:
+        raise ModelUnavailable(f"spec.model.source: there is nothing at {source}") from error
     except (OSError, BotoCoreError) as error:
-        raise ModelUnavailable(f"spec.model.source: {source} cannot be read: {error}") from error
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ModelUnavailable(
+            f"spec.model.source: {source} cannot be read: {_one_line(error)}"
+        ) from error
     if not found:
         raise ModelUnavailable(f"spec.model.source: there is nothing at {source}")
-    partial.rename(target)
+    _move(partial, target)
     return target
+
+
+def _move(partial: Path, target: Path) -> None:
+    """Another rank on this machine may have been quicker; both have the same files."""
+    try:
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.is_dir():
+            raise ModelUnavailable(f"cannot write {target}: {error.strerror}") from error

@@ -7,6 +7,8 @@ the form that diffusers loads.
 import copy
 import difflib
 import json
+import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,14 +25,22 @@ from torch import Tensor, nn
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Lora
-from tempflow_trainer import seeds
+from tempflow_trainer import seeds, sharding
+from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.models.base import FlowModel, Policy
+
+log = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Tuning(ABC):
     """The trained weights of a model."""
+
+    sharded = False
+    """Whether each rank holds a part of them; their gradients are sums over the ranks then."""
+    keeps_reference = False
+    """Whether the model before training is a second copy of it."""
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -41,8 +51,27 @@ class Tuning(ABC):
         """A context in which the policy is the model before training."""
 
     @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Write the current weights below ``folder`` in the form that diffusers loads."""
+    def networks(self) -> list[nn.Module]:
+        """What may be held in parts: the network, and the one before training if there is one."""
+
+    def shard(self, ranks: Ranks, device: torch.device) -> None:
+        """Leave this rank its part of every weight; before the optimizer is made."""
+        for network in self.networks():
+            sharding.shard(network, world=ranks.world, device=device)
+            here, everywhere = sharding.bytes_held(network)
+            log.info("holds %d of %d bytes of weights", here, everywhere)
+        self.sharded = True
+
+    @abstractmethod
+    def export(self, folder: Path, values: dict[str, Tensor] | None = None) -> None:
+        """Write whole weights below ``folder`` in the form that diffusers loads.
+
+        ``values`` are whole tensors by the names of the parameters; without them the current
+        weights, which all ranks have to ask for where they are sharded.
+        """
+
+    def _whole(self) -> dict[str, Tensor]:
+        return sharding.gathered(self.parameters(), keep=True)
 
     @contextmanager
     def values(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -71,7 +100,7 @@ class Tuning(ABC):
                 raise ValueError(
                     f"{name} has shape {list(values[name].shape)}, expected {list(parameter.shape)}"
                 )
-            parameter.copy_(values[name])
+            parameter.copy_(sharding.like(values[name], parameter))
 
 
 class LoraTuning(Tuning):
@@ -84,8 +113,7 @@ class LoraTuning(Tuning):
             ModelUnavailable: a target that matches no projection, with near names.
         """
         self._transformer = model.transformer.requires_grad_(False)
-        targets = lora.targets or list(model.lora_targets)
-        _check_targets(model.transformer, targets)
+        targets = resolve_targets(model.transformer, lora.targets or list(model.lora_targets))
         self._config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
@@ -115,9 +143,14 @@ class LoraTuning(Tuning):
             for layer in layers:
                 layer.enable_adapters(enabled=True)
 
-    def export(self, folder: Path) -> None:
+    def networks(self) -> list[nn.Module]:
+        return [self._transformer]
+
+    def export(self, folder: Path, values: dict[str, Tensor] | None = None) -> None:
         # Without its configuration as metadata a loader takes alpha to be the rank.
-        update = get_peft_model_state_dict(self._transformer)
+        update = get_peft_model_state_dict(
+            self._transformer, state_dict=self._whole() if values is None else values
+        )
         config = {k: _plain(v) for k, v in self._config.to_dict().items()}
         metadata = {f"transformer.{key}": value for key, value in config.items()}
         target = folder / layout.ADAPTER
@@ -136,8 +169,10 @@ class FullTuning(Tuning):
 
     def __init__(self, model: FlowModel, *, keep_reference: bool) -> None:
         """``keep_reference`` holds a frozen copy for the KL."""
+        self._kind = type(model.transformer)
         self._transformer = model.transformer.float().requires_grad_(True)
         self._model = model
+        self.keeps_reference = keep_reference
         self._reference: nn.Module | None = None
         if keep_reference:
             self._reference = copy.deepcopy(model.transformer).requires_grad_(False)
@@ -153,8 +188,18 @@ class FullTuning(Tuning):
         model.transformer = self._reference
         yield replace(policy, model=model)  # shares the counters
 
-    def export(self, folder: Path) -> None:
-        self._transformer.save_pretrained(folder / layout.TRANSFORMER)
+    def networks(self) -> list[nn.Module]:
+        return [self._transformer, *([self._reference] if self._reference is not None else [])]
+
+    def export(self, folder: Path, values: dict[str, Tensor] | None = None) -> None:
+        # The class of a sharded network is another one, and its tensors are parts: the file is
+        # written by a network without weights of its own that is given the whole ones.
+        trained = self._whole() if values is None else values
+        with torch.device("meta"):
+            network = self._kind.from_config(self._transformer.config)
+        buffers = {k: v for k, v in self._transformer.state_dict().items() if k not in trained}
+        network.load_state_dict({**buffers, **trained}, assign=True)
+        network.save_pretrained(folder / layout.TRANSFORMER)
 
 
 def load_result(model: FlowModel, folder: Path) -> None:
@@ -190,18 +235,39 @@ def _metadata(file: Path) -> dict[str, object]:
     return stored
 
 
-def _check_targets(transformer: nn.Module, targets: list[str]) -> None:
-    names = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+def resolve_targets(transformer: nn.Module, targets: list[str]) -> list[str]:
+    """The targets as peft takes them: names stay, an expression becomes the paths that it matches.
+
+    Raises:
+        ModelUnavailable: a target that matches no projection, with near names.
+    """
+    paths = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    found: list[str] = []
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = sorted(
-                {".".join(n.split(".")[-2:]) for n in names} | {n.split(".")[-1] for n in names}
-            )
-            near = difflib.get_close_matches(target, ends, n=3, cutoff=0.3) or ends[:3]
+        is_expression = len(target) > 2 and target[0] == target[-1] == "/"
+        matching = _expression_matches(target, paths) if is_expression else [target]
+        if not any(p == name or p.endswith(f".{name}") for name in matching for p in paths):
             raise ModelUnavailable(
                 f"spec.model.lora.targets: {target!r} matches no projection of the model; near "
-                f"names are {', '.join(near)}"
+                f"names are {', '.join(_near(target.strip('/'), paths))}"
             )
+        found += matching
+    return list(dict.fromkeys(found))
+
+
+def _expression_matches(target: str, paths: list[str]) -> list[str]:
+    try:
+        expression = re.compile(target[1:-1])
+    except re.error as error:
+        raise ModelUnavailable(
+            f"spec.model.lora.targets: {target!r} is not a regular expression: {error}"
+        ) from error
+    return [path for path in paths if expression.fullmatch(path)]
+
+
+def _near(target: str, paths: list[str]) -> list[str]:
+    ends = sorted({".".join(p.split(".")[-2:]) for p in paths} | {p.split(".")[-1] for p in paths})
+    return difflib.get_close_matches(target, ends, n=3, cutoff=0.3) or ends[:3]
 
 
 def _plain(value: object) -> object:

@@ -1,13 +1,19 @@
-"""The built-in rewards, by name."""
+"""Scorers by name: the built-in ones, those of installed packages, and any class by its path."""
 
 import difflib
+import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
 
-from tempflow_api.errors import RewardFailed
+from tempflow_api.errors import RewardFailed, TempFlowError, of_code
 from tempflow_api.v1alpha1 import RewardTerm
 from tempflow_trainer.rewards import digits
-from tempflow_trainer.rewards.base import Reward, Scorer, Term
+from tempflow_trainer.rewards.base import Place, Reward, Scorer, Term
+
+ENTRY_POINTS = "tempflow.rewards"
+"""The group in which an installed package names its scorers."""
 
 REWARDS: dict[str, Callable[..., Scorer]] = {
     "digit-log-probability": digits.DigitLogProbability,
@@ -19,41 +25,116 @@ REWARDS: dict[str, Callable[..., Scorer]] = {
 }
 
 
-def build(terms: Sequence[RewardTerm]) -> Reward:
-    """The scorers of a job.
+def build(terms: Sequence[RewardTerm], place: Place | None = None) -> Reward:
+    """The scorers of a job, ready to score; without ``place`` on the CPU.
 
     Raises:
-        RewardFailed: a reward or parameter that does not exist, or a value that does not fit.
+        RewardFailed: a reward or parameter that does not exist, a value that does not fit, or a
+            scorer that cannot be imported or constructed.
+        ModelUnavailable: files of a scorer's model are missing or out of reach.
     """
+    where = place or Place()
     return Reward(
-        [Term(t.name, t.weight, _scorer(t, f"spec.rewards[{i}]")) for i, t in enumerate(terms)]
+        [
+            Term(t.name, t.weight, _scorer(t, f"spec.rewards[{i}]", where), t.required)
+            for i, t in enumerate(terms)
+        ]
     )
 
 
-def _scorer(term: RewardTerm, path: str) -> Scorer:
-    if term.name not in REWARDS:
-        near = difflib.get_close_matches(term.name, REWARDS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise RewardFailed(
-            f"{path}.name: no reward {term.name!r}{hint} This version has {', '.join(REWARDS)}"
-        )
-    kind = REWARDS[term.name]
-    known = inspect.signature(kind).parameters
+def installed() -> dict[str, str]:
+    """Scorers that installed packages offer: ``module:Class`` by name."""
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _scorer(term: RewardTerm, path: str, place: Place) -> Scorer:
+    name = term.uses or term.name
+    field = f"{path}.uses" if term.uses else f"{path}.name"
+    kind = find(name, field)
+    known = parameters_of(kind)
     arguments: dict[str, object] = {}
-    for name, text in term.parameters.items():
-        if name not in known:
+    for key, text in term.parameters.items():
+        if key not in known:
             raise RewardFailed(
-                f"{path}.parameters.{name}: {term.name} has no such parameter; it has "
+                f"{path}.parameters.{key}: {name} has no such parameter; it has "
                 + (", ".join(known) or "none")
             )
-        arguments[name] = _value(text, known[name].annotation, f"{path}.parameters.{name}")
-    return kind(**arguments)
+        arguments[key] = _value(text, known[key].annotation, f"{path}.parameters.{key}")
+    if "place" in inspect.signature(kind).parameters:
+        arguments["place"] = place
+    try:
+        return kind(**arguments)
+    except TempFlowError as error:
+        raise of_code(error.exit_code, f"{path}: {name}: {error}") from error
+    except Exception as error:  # code of any package: it must name the reward, not only itself
+        raise RewardFailed(
+            f"{path}: {name} cannot be made: {type(error).__name__}: {error}"
+        ) from error
+
+
+def find(name: str, field: str) -> Callable[..., Scorer]:
+    """The class of that name or path; ``field`` says where the name stands.
+
+    Raises:
+        RewardFailed: it does not exist, exists twice, or cannot be imported.
+    """
+    others = installed()
+    if name in REWARDS and name in others:
+        raise RewardFailed(
+            f"{field}: {name!r} is built in, and {others[name]} of an installed package too; name "
+            "the latter by its path, or rename its entry point"
+        )
+    if name in REWARDS:
+        return REWARDS[name]
+    if ":" in name:
+        return _import(name, field)
+    if name in others:
+        return _import(others[name], field)
+    names = [*REWARDS, *others]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise RewardFailed(
+        f"{field}: no reward {name!r}{hint} This version has {', '.join(REWARDS)}; installed "
+        f"packages offer {', '.join(others) or 'none'}; any class is named as module:Class"
+    )
+
+
+def parameters_of(kind: Callable[..., Scorer]) -> Mapping[str, inspect.Parameter]:
+    """What ``spec.rewards[].parameters`` may set."""
+    found = inspect.signature(kind).parameters
+    return {name: parameter for name, parameter in found.items() if name != "place"}
+
+
+def _import(path: str, field: str) -> Callable[..., Scorer]:
+    module, _, attribute = path.partition(":")
+    try:
+        kind: Any = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # the import runs code of any package
+        raise RewardFailed(
+            f"{field}: {path} cannot be imported: {type(error).__name__}: {error}; its package "
+            "must be installed where the trainer runs"
+        ) from error
+    if not callable(getattr(kind, "score", None)):
+        raise RewardFailed(f"{field}: {path} is no scorer: it has no method score")
+    return kind  # type: ignore[no-any-return]
 
 
 def _value(text: str, kind: object, path: str) -> object:
     # Annotations are text in modules that postpone them.
-    convert = {int: int, float: float, "int": int, "float": float}.get(kind, str)
+    name = kind if isinstance(kind, str) else getattr(kind, "__name__", "str")
+    convert = _CONVERT.get(name.split(" |")[0], str)
     try:
         return convert(text)
     except ValueError as error:
-        raise RewardFailed(f"{path}: got {text!r}, expected {convert.__name__}") from error
+        expected = "true or false" if convert is _truth else name
+        raise RewardFailed(f"{path}: got {text!r}, expected {expected}") from error
+
+
+def _truth(text: str) -> bool:
+    try:
+        return {"true": True, "false": False}[text.lower()]
+    except KeyError as error:
+        raise ValueError(text) from error
+
+
+_CONVERT: dict[str, Callable[[str], object]] = {"int": int, "float": float, "bool": _truth}

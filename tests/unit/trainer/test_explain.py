@@ -1,0 +1,241 @@
+"""What is explained before a run is what the run then does."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from tempflow.manifest import parse_text
+from tempflow.presets import all_presets, preset
+from tempflow_api.errors import ManifestInvalid, ModelUnavailable
+from tempflow_api.explanation import Explanation
+from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
+from tempflow_trainer import loop
+from tempflow_trainer.data import PromptOrder, load_prompts
+from tempflow_trainer.explain import explain
+from tempflow_trainer.footprint import LiveBytes
+from tempflow_trainer.loop import Run
+from tempflow_trainer.main import build_run
+from tempflow_trainer.models import families
+from tests.numerics.toys import FLOW_GRPO, spec_of
+from tests.unit.trainer.family_cases import ALONE, CPU, DIGITS, FLUX, QWEN, SD3, Case
+
+LORA: dict[str, object] = {"model.tuning": "lora", "model.lora": {"rank": 4, "alpha": 8}}
+SIX: dict[str, dict[str, object]] = {
+    "default": {},
+    "two updates, a reference": {
+        "algorithm.updatesPerEpoch": 2,
+        "algorithm.klCoefficient": 0.01,
+        "compute.rowsPerTrainingCall": 7,
+    },
+    "flow-grpo": FLOW_GRPO,
+    "guided LoRA": {**LORA, "sampling.guidanceScale": 3.0},
+    "chosen steps, small calls": {
+        "algorithm.branchSteps": [0, 2],
+        "algorithm.branchesPerSeed": 5,
+        "compute.rowsPerCall": 6,
+    },
+    "more steps, every weight": {"sampling.steps": 8, "algorithm.klCoefficient": 0.001},
+}
+
+
+def job_of(spec: JobSpec) -> TempFlowGRPOJob:
+    return TempFlowGRPOJob.model_validate(
+        {
+            "apiVersion": "tempflow.dev/v1alpha1",
+            "kind": "TempFlowGRPOJob",
+            "metadata": {"name": "demo"},
+            "spec": spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+        }
+    )
+
+
+def started(spec: JobSpec, folder: Path) -> Run:
+    torch.set_num_threads(1)
+    model = families.load(spec.model, cache=folder, device=CPU)
+    return build_run(spec, model, load_prompts(spec), ALONE, CPU, lambda: False)
+
+
+@pytest.mark.parametrize("changes", SIX.values(), ids=SIX)
+def test_counts_are_those_of_an_executed_epoch(changes: dict[str, object], tmp_path: Path) -> None:
+    spec = spec_of(changes)
+    told, run = explain(job_of(spec)), started(spec, tmp_path)
+    calls: list[tuple[bool, int]] = []
+    images: list[int] = []
+    velocity = run.policy.rows_per_velocity("rollout")
+    network, decode = run.policy.model.transformer, run.policy.model.decode
+    network.register_forward_pre_hook(
+        lambda _m, _a, given: calls.append(
+            (torch.is_grad_enabled(), len(given["hidden_states"]) // velocity)
+        ),
+        with_kwargs=True,
+    )
+
+    def counted(latents_BCHW: Tensor) -> Tensor:
+        images.append(len(latents_BCHW))
+        return decode(latents_BCHW)
+
+    run.policy.model.decode = counted  # type: ignore[method-assign]
+    loop.run_epoch(run, 0)
+    done = run.policy.evaluations
+    expected = told.evaluations
+    assert expected.trunk + expected.tails == done["rollout"]
+    assert (expected.training, expected.reference) == (done["training"], done["reference"])
+    assert expected.total == sum(done.values())
+    assert told.images_scored == sum(images) == told.geometry.images
+    geometry = told.geometry
+    with_gradient = [rows for grad, rows in calls if grad]
+    assert sum(with_gradient) == geometry.updates * geometry.rows_per_update
+    assert len(with_gradient) == geometry.updates * geometry.micro_batches_per_update
+    assert expected.forward_equivalents == expected.total + 2 * sum(with_gradient) * velocity
+    rollout_calls, rows = 0, 0
+    for _, more in calls:
+        if rows == done["rollout"] // velocity:
+            break
+        rollout_calls, rows = rollout_calls + 1, rows + more
+    assert rollout_calls == geometry.rollout_calls
+    schedule = run.walker.schedule
+    assert [s.sigma for s in told.schedule] == schedule.sigmas[:-1].tolist()
+    weights = [s.weight for s in told.schedule if s.branched]
+    assert weights == pytest.approx(run.exploration.weights_S(run.exploration.plan(0)).tolist())
+    raw = [s.weight_raw * told.weight_normaliser for s in told.schedule if s.branched]
+    assert raw == pytest.approx(weights)
+    assert told.trained_parameters == sum(p.numel() for p in run.tuning.parameters().values())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_the_work_is_cut_as_the_ranks_cut_it(world: int) -> None:
+    changes = {"compute.processesPerNode": world, "algorithm.updatesPerEpoch": 1}
+    told = explain(job_of(spec_of(changes))).geometry
+    order = PromptOrder(load_prompts(spec_of(changes)), 4, 2, 1, True, 0)
+    shares = [len(order.shares(0, rank=rank, world=world)[0]) for rank in range(world)]
+    assert (told.groups_least, told.groups_most) == (min(shares), max(shares))
+    assert (told.processes, told.rows_per_update) == (world, max(shares) * 4)
+
+
+@pytest.mark.parametrize("case", [DIGITS, SD3, FLUX, QWEN], ids=str)
+def test_every_family_is_explained_from_its_configuration(case: Case, tmp_path: Path) -> None:
+    """A folder without a single weight will do, and the counts are those of the real model."""
+    spec = case.spec(tmp_path)
+    real = families.load(spec.model, cache=tmp_path, device=CPU)
+    weights = sum(p.numel() for p in real.transformer.parameters())
+    if case.pipeline is not None:
+        for file in (tmp_path / case.family).rglob("*.safetensors"):
+            file.unlink()
+    told = explain(job_of(spec))
+    assert told.parameters == weights
+    height, width = case.size()
+    sigmas = real.schedule(spec.sampling.steps, height, width).sigmas
+    assert [s.sigma for s in told.schedule] == sigmas[:-1].tolist()
+    assert told.flops.rollout > 0 < told.flops.training
+    assert min(told.memory_bytes.rollout, told.memory_bytes.update) > 0
+
+
+@pytest.mark.slow
+def test_a_published_model() -> None:
+    """Against what the widths and depths of SD3.5 Medium give by hand: a linear layer is two
+    operations a weight and token, attention 4 S^2 d; 2.22e12 a row at 512 pixels, and 1 % more for
+    the update beside it. (FLUX.1-dev 21.5e12 with 512 tokens of text, Qwen-Image 18.6e12 with 256.)
+    """
+    told = explain(parse_text(preset("sd35m-pickscore").text, "preset").job, "250TFLOP/s")
+    assert told.parameters / 1e9 == pytest.approx(2.24, abs=0.005)
+    assert told.weight_normaliser == pytest.approx(2.2522, abs=5e-5)
+    assert told.flops.forward / 2.22e12 == pytest.approx(1.01, abs=0.01)
+    assert (told.images_scored, told.evaluations.trunk + told.evaluations.tails) == (10368, 107136)
+    assert told.seconds is not None
+    work = told.flops.total / told.geometry.processes
+    assert told.seconds.total == pytest.approx(work / 250e12)
+
+
+def test_every_preset_has_a_configuration() -> None:
+    from tempflow_trainer.models import skeleton
+
+    for one in all_presets():
+        spec = parse_text(one.text, one.name).job.spec
+        assert skeleton._configurations(spec.model).is_dir()
+
+
+def test_what_cannot_be_explained_is_said() -> None:
+    spec = spec_of({"sampling.width": 64, "sampling.height": 64})
+    wrong = spec.model.model_copy(update={"family": "sd3", "source": "someone/something"})
+    with pytest.raises(ModelUnavailable, match=r"configuration of someone/something is not at h"):
+        explain(job_of(spec.model_copy(update={"model": wrong})))
+    for rate in ("fast", "0/s", "-3TFLOP/s", "1e3"):
+        with pytest.raises(ManifestInvalid, match=r"--rate: got '.*expected a rate such as"):
+            explain(job_of(spec_of()), rate)
+
+
+def test_live_bytes_follow_the_life_of_tensors() -> None:
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[:10]
+        b.mul_(2)
+        assert live.now == 8000
+        del a
+        assert live.now == 4000
+        del b
+        assert live.now == 4000, "a view keeps its memory"
+        del view
+        assert (live.now, live.peak) == (0, 8000)
+
+
+BIG: list[dict[str, object]] = [
+    # The rollout is the most, and the update.
+    {**LORA, "sampling.steps": 6, "compute.rowsPerCall": 128, "algorithm.branchesPerSeed": 8},
+    {"algorithm.klCoefficient": 0.01, "compute.rowsPerTrainingCall": 32},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", BIG, ids=["rollout", "update"])
+def test_memory_is_what_the_allocator_gave(changes: dict[str, object], tmp_path: Path) -> None:
+    """By torch's profiler, which hears of every allocation of the processor's allocator."""
+    spec = spec_of(changes)
+    told = explain(job_of(spec)).memory_bytes
+    run = started(spec, tmp_path)
+    stays = told.transformer + told.text_encoders + told.average + told.reference
+    loop.run_epoch(run, 0)  # gradients and moments are there from now on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loop.run_epoch(run, 1)
+    trace = tmp_path / "trace.json"
+    seen.export_chrome_trace(str(trace))
+    events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if is_memory(e)]
+    level, highest = 0, 0
+    for event in events:
+        level += event["Bytes"]
+        highest = max(highest, level)
+    expected = told.total - stays - told.gradients - told.optimizer
+    assert highest == pytest.approx(expected, rel=0.2)
+
+
+def is_memory(event: dict[str, Any]) -> bool:
+    return event.get("name") == "[memory]"
+
+
+@pytest.mark.slow
+def test_time_is_the_operations_at_a_measured_rate(tmp_path: Path) -> None:
+    """One job tells the rate; another's epoch then takes what its explanation says. Processor
+    seconds of one thread, the best of three: other work on the machine has no part in them."""
+    base = {**LORA, "compute.rowsPerCall": 128, "algorithm.seedsPerPrompt": 3}
+    one = spec_of({**base, "sampling.steps": 6})
+    other = spec_of({**base, "sampling.steps": 10, "algorithm.branchesPerSeed": 5})
+    rate = explain(job_of(one), "1/s").flops.total / processor_seconds(one, tmp_path)
+    told: Explanation = explain(job_of(other), f"{rate / 1e12}TFLOP/s")
+    assert told.seconds is not None
+    assert told.seconds.total == pytest.approx(processor_seconds(other, tmp_path), rel=0.2)
+
+
+def processor_seconds(spec: JobSpec, folder: Path) -> float:
+    run = started(spec, folder)
+    taken = []
+    for epoch in range(4):
+        before = time.process_time()
+        loop.run_epoch(run, epoch)
+        taken.append(time.process_time() - before)
+    return min(taken[1:])

@@ -1,0 +1,86 @@
+"""Scorers that the project does not know: by entry point, by path, and what is said of broken
+ones."""
+
+from pathlib import Path
+
+import pytest
+
+from tempflow_api.errors import RewardFailed
+from tempflow_api.v1alpha1 import RewardTerm
+from tempflow_trainer.rewards import registry
+from tempflow_trainer.rewards.base import Place, Reward
+
+
+class Recording:
+    """Keeps what it was made with."""
+
+    batch_size = 4
+
+    def __init__(self, share: float = 1.0, exact: bool = False, *, place: Place) -> None:
+        self.share, self.exact, self.place = share, exact, place
+
+    def score(self, *_: object) -> None: ...
+
+
+class Refusing:
+    batch_size = 4
+
+    def __init__(self) -> None:
+        raise KeyError("token")
+
+    def score(self, *_: object) -> None: ...
+
+
+HERE = "tests.unit.trainer.test_reward_plugins"
+
+
+def build(**term: object) -> Reward:
+    return registry.build([RewardTerm.model_validate({"name": "mine", **term})])
+
+
+def test_a_class_by_its_path_is_made_with_its_parameters_and_its_place(tmp_path: Path) -> None:
+    term = RewardTerm(
+        name="mine", uses=f"{HERE}:Recording", parameters={"share": "0.5", "exact": "true"}
+    )
+    place = Place(cache=tmp_path)
+    reward = registry.build([term], place)
+    scorer = reward.terms[0].scorer
+    assert isinstance(scorer, Recording)
+    assert (scorer.share, scorer.exact, scorer.place) == (0.5, True, place)
+    assert reward.terms[0].name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("uses", "parameters", "message"),
+    [
+        ("no_such_module:Reward", {}, "uses: no_such_module:Reward cannot be imported: ModuleNot"),
+        (f"{HERE}:Nothing", {}, f"uses: {HERE}:Nothing cannot be imported: AttributeError"),
+        (f"{HERE}:HERE", {}, f"uses: {HERE}:HERE is no scorer: it has no method score"),
+        (f"{HERE}:Refusing", {}, f" {HERE}:Refusing cannot be made: KeyError: 'token'"),
+        (f"{HERE}:Recording", {"place": "here"}, "parameters.place: "),
+        (f"{HERE}:Recording", {"exact": "perhaps"}, "got 'perhaps', expected true or false"),
+        ("digit-inc", {}, "uses: no reward 'digit-inc'; did you mean 'digit-ink'?"),
+    ],
+)
+def test_what_cannot_be_had_says_why(uses: str, parameters: dict[str, str], message: str) -> None:
+    with pytest.raises(RewardFailed) as caught:
+        build(uses=uses, parameters=parameters)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("spec.rewards[0]")
+
+
+def test_one_scorer_may_serve_twice_under_two_names() -> None:
+    terms = [
+        RewardTerm(name="light", uses="digit-ink", parameters={"target": "0.1"}),
+        RewardTerm(name="bold", uses="digit-ink", parameters={"target": "0.5"}),
+    ]
+    assert [term.name for term in registry.build(terms).terms] == ["light", "bold"]
+
+
+def test_a_package_with_the_name_of_a_built_in_reward_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "installed", lambda: {"digit-ink": "theirs:Ink"})
+    with pytest.raises(RewardFailed, match="is built in, and theirs:Ink of an installed package"):
+        build(uses="digit-ink")
+    assert registry.build([RewardTerm(name="digit-contrast")])

@@ -1,0 +1,213 @@
+"""A model of a job without its weights: every shape is real, no number is.
+
+Only configurations are read: those that ship with this package for the models of the presets
+(``assets/published``), or those in a folder. The published classes are built in a second,
+whatever their size: on the meta device first, where a module can be set up for training, and then
+with fake tensors, which compute shapes as tensors of a processor would. On the meta device itself
+attention takes another path, with memory for every pair of tokens.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tempflow_api.errors import ModelUnavailable
+from tempflow_api.v1alpha1 import Model
+from tempflow_trainer.models import families
+from tempflow_trainer.models.base import Conditioning, FlowModel
+from tempflow_trainer.models.digits import Digits, DigitsPipeline
+from tempflow_trainer.models.source import BUILTIN
+
+INDEX = "model_index.json"
+CLIP_TOKENS = 77
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _sd3_text(config: Any, max_text_tokens: int) -> Shapes:
+    return {
+        "encoder_hidden_states": (CLIP_TOKENS + max_text_tokens, config.joint_attention_dim),
+        "pooled_projections": (config.pooled_projection_dim,),
+    }
+
+
+def _flux_text(config: Any, max_text_tokens: int) -> Shapes:
+    return {
+        "encoder_hidden_states": (max_text_tokens, config.joint_attention_dim),
+        "pooled_projections": (config.pooled_projection_dim,),
+    }
+
+
+def _qwen_text(config: Any, max_text_tokens: int) -> Shapes:
+    return {"encoder_hidden_states": (max_text_tokens, config.joint_attention_dim)}
+
+
+# What ``encode`` gives a row, where the text is as long as it may be.
+TEXT: Mapping[str, Callable[[Any, int], Shapes]] = {
+    "sd3": _sd3_text,
+    "flux": _flux_text,
+    "qwen-image": _qwen_text,
+}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The adapter of a model whose tensors have no contents, and what lies beside it."""
+
+    model: FlowModel
+    mode: FakeTensorMode
+    """The context in which it computes."""
+    text: Shapes
+    """What the network reads of a prompt, by name, without the dimension of rows."""
+    text_encoders: list[nn.Module]
+    autoencoder: nn.Module | None
+    dtype: torch.dtype
+
+    def watch(self, *modules: nn.Module) -> None:
+        """Give the modules fake tensors, so that they can be run in ``mode``."""
+        known: dict[int, Tensor] = {}
+
+        def fake(tensor: Tensor) -> Tensor:
+            if id(tensor) not in known:
+                twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                known[id(tensor)] = (
+                    nn.Parameter(twin, requires_grad=tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter)
+                    else twin
+                )
+            return known[id(tensor)]
+
+        with self.mode:
+            for part in [part for module in modules for part in module.modules()]:
+                # Some networks keep tables beside their parameters and buffers.
+                for place in (part._parameters, part._buffers, vars(part)):
+                    for name, value in list(place.items()):
+                        if isinstance(value, Tensor):
+                            place[name] = fake(value)  # type: ignore[assignment]
+
+    def conditioning(self, rows: int) -> Conditioning:
+        """As ``encode`` gives it for so many prompts."""
+        with self.mode:
+            return Conditioning(
+                {n: torch.empty(rows, *shape, dtype=self.dtype) for n, shape in self.text.items()}
+            )
+
+
+def skeleton(model: Model) -> Skeleton:
+    """The model of a job, without its weights.
+
+    Raises:
+        ModelUnavailable: no configuration can be found, or it is of another model.
+    """
+    folder, dtype = _configurations(model), getattr(torch, model.precision)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if model.family == "digits":
+        return _digits(folder, mode, dtype)
+    if model.family not in TEXT:
+        raise ModelUnavailable(
+            f"spec.model.family: {model.family} cannot be explained by this version; it can "
+            + ", ".join(["digits", *TEXT])
+        )
+    try:
+        parts = _parts(folder, dtype)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelUnavailable(
+            f"spec.model.source: the configuration of {model.source} cannot be read: {error}"
+        ) from error
+    module, _, name = families.FAMILIES[model.family].partition(":")
+    adapter = getattr(importlib.import_module(module), name)
+    pipeline = _pipeline(json.loads((folder / INDEX).read_text())["_class_name"], parts)
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    config = parts["transformer"].config
+    return Skeleton(
+        model=adapter(pipeline, max_text_tokens=model.max_text_tokens),
+        mode=mode,
+        text=TEXT[model.family](config, model.max_text_tokens),
+        text_encoders=encoders,
+        autoencoder=parts["vae"],
+        dtype=dtype,
+    )
+
+
+def _digits(folder: Path, mode: FakeTensorMode, dtype: torch.dtype) -> Skeleton:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    transformer = _diffusers_part("SD3Transformer2DModel", folder / "transformer").to(dtype)
+    encoder = _transformers_part("CLIPTextModel", folder / "text_encoder")
+    # Prompts are not read: the tokenizer stays away.
+    pipeline = DigitsPipeline(transformer, encoder, None, scheduler)
+    config = transformer.config
+    text = {
+        "encoder_hidden_states": (
+            encoder.config.max_position_embeddings,
+            config.joint_attention_dim,
+        ),
+        "pooled_projections": (config.pooled_projection_dim,),
+    }
+    adapter = Digits(pipeline, torch.device("cpu"))
+    return Skeleton(adapter, mode, text, [encoder], None, dtype)
+
+
+def _parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    index = json.loads((folder / INDEX).read_text())
+    built: dict[str, Any] = {}
+    for name, kind in index.items():
+        if name == "scheduler":
+            # With real numbers: the schedule is computed from it.
+            built[name] = getattr(diffusers, kind[1]).from_pretrained(folder / name)
+        elif name in ("transformer", "vae"):
+            built[name] = _diffusers_part(kind[1], folder / name).to(dtype)
+        elif name.startswith("text_encoder"):
+            built[name] = _transformers_part(kind[1], folder / name).to(dtype)
+    return built
+
+
+def _diffusers_part(kind: str, folder: Path) -> Any:
+    known = getattr(diffusers, kind)
+    config = known.load_config(folder)
+    with torch.device("meta"):
+        return known.from_config(config)
+
+
+def _transformers_part(kind: str, folder: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return getattr(transformers, kind)(config)
+
+
+def _pipeline(kind: str, parts: dict[str, Any]) -> Any:
+    """The pipeline of the adapter; it needs no tokenizer to draw."""
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3", "image_encoder", "feature_extractor")
+    known = getattr(diffusers, kind)
+    accepted = known.__init__.__annotations__
+    absent = {name: None for name in names if name in accepted}
+    return known(**parts, **absent)
+
+
+def _configurations(model: Model) -> Path:
+    """A folder with the configurations of the model's parts."""
+    source = model.source
+    assets = Path(str(files("tempflow_trainer"))) / "assets"
+    if source.startswith(BUILTIN):
+        return assets / source.removeprefix(BUILTIN)
+    shipped = assets / "published" / source.replace("/", "--")
+    if shipped.is_dir():
+        return shipped
+    folder = Path(source.removeprefix("file://"))
+    if not folder.is_dir():
+        raise ModelUnavailable(
+            f"spec.model.source: the configuration of {source} is not at hand. It is for "
+            + ", ".join(sorted(p.name.replace("--", "/") for p in shipped.parent.iterdir()))
+            + "; for another model give a local folder in the diffusers layout (of the weights "
+            "nothing is read)"
+        )
+    return folder
