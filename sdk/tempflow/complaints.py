@@ -18,6 +18,7 @@ _PATTERNS = {
     r"^(s3://[a-z0-9][a-z0-9.-]+(/.*)?|file://.+|[^:]+)$": (
         "s3://bucket/prefix, file:///folder or a path"
     ),
+    r"^[A-Za-z0-9_][\w.-]*(:\w+)?$": "the name of a reward, or module:Class",
     r"^https?://.+$": "an address that begins with http:// or https://",
 }
 """The patterns of the contract in words."""

@@ -83,6 +83,12 @@ class Perceptron(nn.Module):
         super().__init__()
         self.inner = nn.Linear(width + TEXT_WIDTH + 1, 16)
         self.outer = nn.Linear(16, width)
+        self.config = {"width": width}
+
+    @classmethod
+    def from_config(cls, config: dict[str, int]) -> "Perceptron":
+        """As a model of diffusers is made again."""
+        return cls(**config)
 
     def forward(self, x_BD: Tensor, sigma_B: Tensor, text: Tensor) -> Tensor:
         read = torch.cat([x_BD, text, sigma_B[:, None]], dim=1)
