@@ -225,9 +225,9 @@ def make_pod(attempt: int = 1, rank: int = 0) -> PodBuilder:
     return PodBuilder({"metadata": metadata, "spec": {}, "status": {"phase": "Pending"}})
 
 
-def make_part(attempt: int = 1) -> Raw:
-    """The metadata of a Service or ConfigMap of an attempt."""
-    name = naming.attempt_name("demo", attempt)
+def make_part(attempt: int = 1, *, config: bool = False) -> Raw:
+    """The metadata of a Service of an attempt, or of its ConfigMap."""
+    name = naming.attempt_name("demo", attempt) + (f"-{UID[:8]}" if config else "")
     return {"metadata": _child(name, attempt, f"part-{attempt}", owner(UID, naming.KIND))}
 
 
@@ -237,6 +237,8 @@ def seen(*objects: GangBuilder | PodBuilder, parts: tuple[int, ...] = ()) -> Sna
         UID,
         jobs=[thing.build() for thing in objects if isinstance(thing, GangBuilder)],
         pods=[thing.build() for thing in objects if isinstance(thing, PodBuilder)],
-        services=[make_part(attempt) for attempt in parts],
-        config_maps=[make_part(attempt) for attempt in parts],
+        parts={
+            "Service": [make_part(attempt) for attempt in parts],
+            "ConfigMap": [make_part(attempt, config=True) for attempt in parts],
+        },
     )

@@ -22,6 +22,7 @@ from tempflow_operator.decisions.events import Tell
 from tempflow_operator.decisions.observed import Key, Snapshot, TrainingJob, snapshot, training_job
 from tempflow_operator.decisions.plan import Action, Create, Delete
 from tempflow_operator.decisions.status import stored_form
+from tempflow_operator.desired.gang import SCHEDULERS
 from tempflow_operator.metrics import Metrics
 
 Raw = dict[str, Any]
@@ -49,6 +50,7 @@ JOBS = Resource("apis/batch/v1", "jobs")
 PODS = Resource("api/v1", "pods")
 SERVICES = Resource("api/v1", "services")
 CONFIG_MAPS = Resource("api/v1", "configmaps")
+NETWORK_POLICIES = Resource("apis/networking.k8s.io/v1", "networkpolicies")
 EVENTS = Resource("apis/events.k8s.io/v1", "events")
 LEASES = Resource("apis/coordination.k8s.io/v1", "leases")
 
@@ -57,6 +59,7 @@ _BY_KIND = {
     "Job": JOBS,
     "Service": SERVICES,
     "ConfigMap": CONFIG_MAPS,
+    "NetworkPolicy": NETWORK_POLICIES,
 }
 
 
@@ -93,19 +96,26 @@ class Observation:
 class Cluster:
     """The calls of the operator."""
 
-    def __init__(self, api: ApiClient, metrics: Metrics) -> None:
+    def __init__(self, api: ApiClient, metrics: Metrics, gang_scheduler: str = "") -> None:
+        """``gang_scheduler`` is the one whose PodGroups are looked for and created."""
         self._api = api
         self._metrics = metrics
+        self._by_kind = dict(_BY_KIND)
+        self._parts = ["Service", "ConfigMap", "NetworkPolicy"]
+        scheduler = SCHEDULERS.get(gang_scheduler)
+        if scheduler is not None:
+            self._by_kind["PodGroup"] = Resource(f"apis/{scheduler.api_version}", "podgroups")
+            self._parts.append("PodGroup")
 
     @classmethod
-    async def connect(cls, metrics: Metrics) -> "Cluster":
+    async def connect(cls, metrics: Metrics, gang_scheduler: str = "") -> "Cluster":
         """With the pod's service account, or else with the kubeconfig of the environment."""
         settings = Configuration()
         try:
             config.load_incluster_config(settings)  # type: ignore[no-untyped-call]  # no types
         except config.ConfigException:
             await config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]  # no types
-        return cls(ApiClient(settings), metrics)
+        return cls(ApiClient(settings), metrics, gang_scheduler)
 
     async def close(self) -> None:
         await self._api.close()  # type: ignore[no-untyped-call]  # no types
@@ -120,13 +130,16 @@ class Cluster:
             return None
         uid = raw["metadata"]["uid"]
         selector = f"{naming.LABEL_JOB_UID}={uid}"
-        jobs, pods, services, config_maps = await asyncio.gather(
+        jobs, pods, *listed = await asyncio.gather(
             self._list(JOBS, key.namespace, selector),
             self._list(PODS, key.namespace, selector),
-            self._list(SERVICES, key.namespace, selector, accept=_METADATA_ONLY),
-            self._list(CONFIG_MAPS, key.namespace, selector, accept=_METADATA_ONLY),
+            *(
+                self._list(self._by_kind[kind], key.namespace, selector, accept=_METADATA_ONLY)
+                for kind in self._parts
+            ),
         )
-        seen = snapshot(uid, jobs=jobs, pods=pods, services=services, config_maps=config_maps)
+        parts = dict(zip(self._parts, listed, strict=True))
+        seen = snapshot(uid, jobs=jobs, pods=pods, parts=parts)
         newest = {"jobs": _newest(jobs), "pods": _newest(pods), naming.PLURAL: _newest([raw])}
         return Observation(training_job(raw), seen, newest)
 
@@ -139,7 +152,7 @@ class Cluster:
                 await self._delete(namespace, action)
 
     async def _create(self, namespace: str, action: Create) -> None:
-        resource, manifest = _BY_KIND[action.kind], dict(action.manifest)
+        resource, manifest = self._by_kind[action.kind], dict(action.manifest)
         try:
             await self._send("create", resource, namespace, body=manifest)
         except ApiError as error:
@@ -165,7 +178,7 @@ class Cluster:
             "propagationPolicy": "Foreground" if action.kind == "Job" else "Background",
             "preconditions": {"uid": action.uid},
         }
-        resource = _BY_KIND[action.kind]
+        resource = self._by_kind[action.kind]
         try:
             await self._send("delete", resource, namespace, name=action.name, body=body)
         except ApiError as error:
@@ -322,7 +335,7 @@ def _event(job: TrainingJob, name: str, tell: Tell, now: float, identity: str) -
         "kind": "Event",
         "metadata": {"name": name, "namespace": job.namespace},
         "eventTime": instants.micro_timestamp(now),
-        "reportingController": f"{naming.GROUP}/operator",
+        "reportingController": naming.OPERATOR,
         "reportingInstance": identity[:128],
         "action": "Reconcile",
         "type": tell.event.type,

@@ -18,6 +18,7 @@ from tempflow_operator import logs
 from tempflow_operator import settings as configuration
 from tempflow_operator.cluster import ApiError, Cluster
 from tempflow_operator.decisions.observed import Key
+from tempflow_operator.lastwords import Heard
 from tempflow_operator.leader import Leader, LeadershipLost
 from tempflow_operator.metrics import Metrics
 from tempflow_operator.probes import ProbeServer, WatchProof
@@ -40,7 +41,8 @@ class Operator:
         self._leading = False
         self._leader = Leader(cluster, settings.lease)
         self._proof = WatchProof(time.monotonic, by_namespace=bool(settings.namespaces))
-        self._watches = Watches(settings.namespaces, self._saw)
+        heard = Heard()
+        self._watches = Watches(settings.namespaces, self._saw, heard.note)
         self._progress = ProgressReader(
             settings.progress,
             clock=time.monotonic,
@@ -48,7 +50,12 @@ class Operator:
             metrics=metrics,
         )
         reconciler = Reconciler(
-            cluster, settings, progress=self._progress, watches=self._proof, metrics=metrics
+            cluster,
+            settings,
+            progress=self._progress,
+            heard=heard,
+            watches=self._proof,
+            metrics=metrics,
         )
         self._workers = Workers(
             settings.queue, reconciler.run_pass, clock=time.monotonic, on_error=self._on_error
@@ -155,7 +162,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     metrics = Metrics()
-    cluster = await Cluster.connect(metrics)
+    cluster = await Cluster.connect(metrics, settings.pods.gang_scheduler)
     try:
         await first_of(stop.wait(), Operator(settings, cluster, metrics).run())
     finally:

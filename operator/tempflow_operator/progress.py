@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tempflow_api.naming import PROGRESS_PATH, PROGRESS_PORT
 from tempflow_api.status import Progress
 from tempflow_operator.decisions.observed import Key
-from tempflow_operator.decisions.status import Reading
+from tempflow_operator.decisions.reading import Reading
 from tempflow_operator.metrics import Metrics
 from tempflow_operator.settings import Progress as ProgressSettings
 
@@ -36,6 +36,7 @@ class Target:
     pod_uid: str
     ip: str
     attempt: int
+    run_id: str
     port: int = PROGRESS_PORT
 
     @property
@@ -44,7 +45,7 @@ class Target:
         return f"http://{host}:{self.port}{PROGRESS_PATH}"
 
 
-def parse(body: bytes, attempt: int) -> Progress:
+def parse(body: bytes, run_id: str, attempt: int) -> Progress:
     """The progress in an answer; Unusable when it is anything else."""
     try:
         progress = Progress.model_validate_json(body)
@@ -52,6 +53,8 @@ def parse(body: bytes, attempt: int) -> Progress:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the answer"
         raise Unusable(f"not a progress record: {where}: {problem['msg']}") from None
+    if progress.run_id != run_id:
+        raise Unusable("it is the progress of another run")
     if progress.attempt != attempt:
         raise Unusable(f"it is the progress of attempt {progress.attempt}")
     if progress.epoch > progress.epochs:
@@ -99,6 +102,11 @@ class ProgressReader:
             self._changed.set()
         return watched.reading
 
+    def last(self, key: Key) -> Reading | None:
+        """The newest reading of whom is watched for that job."""
+        watched = self._watched.get(key)
+        return watched.reading if watched is not None else None
+
     async def run(self) -> None:
         """Read until cancelled."""
         timeout = aiohttp.ClientTimeout(total=self._settings.timeout)
@@ -135,7 +143,7 @@ class ProgressReader:
         before = watched.reading
         try:
             body = await fetch(session, watched.target.url, self._settings.max_bytes)
-            watched.reading = Reading(parse(body, watched.target.attempt))
+            watched.reading = Reading(parse(body, watched.target.run_id, watched.target.attempt))
             watched.failures = 0
             result = "ok"
         except (Unusable, aiohttp.ClientError, TimeoutError, OSError) as error:

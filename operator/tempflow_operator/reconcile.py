@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tempflow_api.conditions import ConditionType, Reason, is_true
 from tempflow_api.status import JobStatus
+from tempflow_api.termination import LastWords
 from tempflow_operator import desired
 from tempflow_operator.cluster import ApiError, Cluster, NameTaken, Observation
 from tempflow_operator.decisions import events, instants, ledger, plan, validity
@@ -19,6 +20,7 @@ from tempflow_operator.decisions.ledger import Ledger
 from tempflow_operator.decisions.observed import Key, Snapshot, TrainingJob
 from tempflow_operator.decisions.plan import Action
 from tempflow_operator.decisions.status import Obstacle, Reading
+from tempflow_operator.lastwords import Heard
 from tempflow_operator.metrics import Metrics
 from tempflow_operator.probes import WatchProof
 from tempflow_operator.progress import ProgressReader, Target
@@ -41,10 +43,16 @@ class Decision(NamedTuple):
     actions: list[Action]
 
 
-def decide(job: TrainingJob, seen: Snapshot, now: float, settings: Settings) -> Decision:
-    """The whole decision of a pass, as a function of what was observed."""
+def decide(
+    job: TrainingJob,
+    seen: Snapshot,
+    now: float,
+    settings: Settings,
+    reading: Reading | None = None,
+) -> Decision:
+    """The whole decision of a pass, as a function of what was observed and read."""
     problems = validity.problems(job, default_image=settings.pods.image)
-    accounts = ledger.bring_up_to_date(job, seen, problems, now, settings.timing)
+    accounts = ledger.bring_up_to_date(job, seen, problems, now, settings.timing, reading)
     intended = plan.next_attempt(accounts, job, seen, now, settings.timing)
     objects: list[desired.Manifest] = []
     if job.spec is not None and intended.open:
@@ -68,6 +76,7 @@ class Reconciler:
         settings: Settings,
         *,
         progress: ProgressReader,
+        heard: Heard,
         watches: WatchProof,
         metrics: Metrics,
         wall_clock: Callable[[], float] = time.time,
@@ -75,6 +84,7 @@ class Reconciler:
         self._cluster = cluster
         self._settings = settings
         self._progress = progress
+        self._heard = heard
         self._watches = watches
         self._metrics = metrics
         self._wall_clock = wall_clock
@@ -92,15 +102,18 @@ class Reconciler:
             return None
         self._watches.expect(key.namespace, found.newest)
         job, seen, now = found.job, found.seen, self._wall_clock()
-        decision = decide(job, seen, now, self._settings)
+        if not job.ours:
+            self._progress.reading(key, None)
+            return None
+        decision = decide(job, seen, now, self._settings, self._progress.last(key))
         obstacle = await self._act(key, decision.actions)
         # What could not be started has not started.
         reached = decision.intended if obstacle is None else decision.accounts
-        reading = self._progress.reading(key, rank_zero(seen, reached))
+        reading = self._progress.reading(key, rank_zero(job, seen, reached))
         await self._publish(found, reached, reading, obstacle, now)
         if obstacle is not None:
             raise Obstructed(obstacle.message)
-        due = plan.look_again_at(job, seen, reached, now, self._settings.timing)
+        due = plan.look_again_at(job, seen, reached, now, self._settings.timing, reading)
         return None if due is None else max(0.0, due - now)
 
     async def _act(self, key: Key, actions: list[Action]) -> Obstacle | None:
@@ -133,6 +146,7 @@ class Reconciler:
             seen,
             accounts,
             reading=reading,
+            words=last_words_of(job, seen, accounts, self._heard.of(job.namespace, job.uid)),
             obstacle=obstacle,
             released=released,
             now=now,
@@ -161,7 +175,7 @@ class Reconciler:
     def _count(self, old: JobStatus, new: JobStatus, now: float) -> None:
         before = {attempt.number: attempt.outcome for attempt in old.attempts}
         for attempt in new.attempts:
-            ended = attempt.outcome in ("Failed", "Disrupted")
+            ended = attempt.outcome in ("Failed", "Disrupted", "Unfit")
             if ended and before.get(attempt.number) != attempt.outcome:
                 self._metrics.restarts.labels(attempt.outcome).inc()
         running = ConditionType.RUNNING
@@ -171,11 +185,22 @@ class Reconciler:
             self._metrics.time_to_running.observe(max(0.0, from_start))
 
 
-def rank_zero(seen: Snapshot, accounts: Ledger) -> Target | None:
+def rank_zero(job: TrainingJob, seen: Snapshot, accounts: Ledger) -> Target | None:
     """Whom to ask for progress: the running pod with index 0 of the attempt under way."""
     if not accounts.open:
         return None
     for pod in seen.pods_of(accounts.attempt):
         if pod.rank == 0 and pod.phase == "Running" and pod.ip and not pod.deleting:
-            return Target(pod.uid, pod.ip, accounts.attempt)
+            return Target(pod.uid, pod.ip, accounts.attempt, job.run_id)
+    return None
+
+
+def last_words_of(
+    job: TrainingJob, seen: Snapshot, accounts: Ledger, heard: LastWords | None
+) -> LastWords | None:
+    """Of the newest attempt's rank 0: as its pod has them, or else as the watch told of them."""
+    told = (pod.ended.words for pod in seen.pods_of(accounts.attempt) if pod.ended is not None)
+    for words in (*told, heard):
+        if words is not None and (words.run_id, words.attempt) == (job.run_id, accounts.attempt):
+            return words
     return None

@@ -25,6 +25,9 @@ class Timing:
     """Between two looks at pods that are stopping, should their events be lost."""
 
 
+GANG_SCHEDULERS = ("", "volcano", "scheduler-plugins")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pods:
     """What the pods of an attempt look like beyond what the job says."""
@@ -34,6 +37,9 @@ class Pods:
     unreachable_toleration: int = 60
     """Seconds that a pod stays bound to a node which is not ready. Kubernetes' own default of 300
     leaves the rest of the gang idle for five minutes."""
+    gang_scheduler: str = ""
+    """Which scheduler gets a PodGroup for each attempt; none by default, as the cluster's own
+    knows no such thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +146,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         pods=Pods(
             image=given.get("TEMPFLOW_TRAINER_IMAGE"),
             unreachable_toleration=int(number("TEMPFLOW_UNREACHABLE_SECONDS", 60, least=0)),
+            gang_scheduler=_choice(given, "TEMPFLOW_GANG_SCHEDULER", GANG_SCHEDULERS),
         ),
         progress=Progress(interval=number("TEMPFLOW_PROGRESS_SECONDS", 15, least=1)),
         queue=Queue(
@@ -169,6 +176,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "TEMPFLOW_RESTART_DELAY_SECONDS": "pause before the second attempt; doubles up to 300",
     "TEMPFLOW_LOST_NODE_SECONDS": "patience with pods that a lost node keeps Terminating",
     "TEMPFLOW_UNREACHABLE_SECONDS": "how long pods stay bound to a node that is not ready",
+    "TEMPFLOW_GANG_SCHEDULER": "volcano or scheduler-plugins: create a PodGroup for each attempt",
     "TEMPFLOW_PROGRESS_SECONDS": "between two reads of a job's progress",
     "TEMPFLOW_WORKERS": "reconcile passes at a time",
     "TEMPFLOW_RESYNC_SECONDS": "between two lists of all jobs",

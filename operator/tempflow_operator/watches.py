@@ -17,7 +17,11 @@ from typing import Any
 import kopf
 
 from tempflow_api import naming
+from tempflow_api.termination import LastWords
+from tempflow_operator.decisions.observed import last_words
 
+Hear = Callable[[str, str, LastWords], None]
+"""Namespace, UID of the job that a pod belongs to, and what its ended trainer left behind."""
 Saw = Callable[[str, str, str, str], None]
 """Kind, namespace, resource version, and name of the job concerned (empty when unknown)."""
 
@@ -25,8 +29,9 @@ Saw = Callable[[str, str, str, str], None]
 class Watches:
     """Tells of every event, in the event loop that runs it."""
 
-    def __init__(self, namespaces: Sequence[str], saw: Saw) -> None:
+    def __init__(self, namespaces: Sequence[str], saw: Saw, hear: Hear) -> None:
         """No ``namespaces`` means the whole cluster."""
+        self._hear = hear
         self._namespaces = namespaces
         self._saw = saw
         self._stop = threading.Event()
@@ -85,7 +90,11 @@ class Watches:
             pass_on("jobs", meta, meta.labels.get(naming.LABEL_JOB_NAME, ""))
 
         @kopf.on.event("", "v1", "pods", registry=registry)
-        async def _(meta: kopf.Meta, **_: Any) -> None:
+        async def _(meta: kopf.Meta, body: kopf.Body, **_: Any) -> None:
+            words = last_words(body)
+            if words is not None:
+                uid = meta.labels.get(naming.LABEL_JOB_UID, "")
+                loop.call_soon_threadsafe(self._hear, meta["namespace"], uid, words)
             pass_on("pods", meta, meta.labels.get(naming.LABEL_JOB_NAME, ""))
 
         return registry

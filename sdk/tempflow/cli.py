@@ -17,7 +17,9 @@ Exit codes:
   82   the device is missing            86   a newer start of this run took over
   83   training diverged                87   the run was begun with other settings
   88   the checkpoint store refuses     89   no checkpoint is intact
-  90   a process died                   130  Ctrl-C
+  90   a process died                   91   the pod is unfit to train
+  92   the self-test failed             93   the guard stopped the run
+  130  Ctrl-C
 """
 
 app = typer.Typer(

@@ -235,8 +235,12 @@ def _telling(record: Record, watcher: Watcher) -> Callable[[], None]:
         progress = record.progress()
         for metrics in record.epochs():
             watcher.trained(metrics, progress)
+            for alarm in metrics.alarms:
+                watcher.notice(f"alarm after epoch {metrics.epoch}: {alarm}")
         for evaluation in record.evaluations():
             watcher.evaluated(evaluation)
+            for alarm in evaluation.alarms:
+                watcher.notice(f"alarm after epoch {evaluation.epoch}: {alarm}")
         if progress is not None and progress != last:
             last = progress
             watcher.progressed(progress)

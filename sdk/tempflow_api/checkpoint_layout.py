@@ -10,7 +10,8 @@
         transformer/                 full weights in the diffusers form; both from the average
         state/                       trained weights, average and optimizer to continue from
         MANIFEST.json                written last, create-only: now the checkpoint exists
-      record/                        metrics.jsonl, evaluations.jsonl, grids/, summary.json
+      record/                        metrics.jsonl, evaluations.jsonl, grids/, self-test.json,
+                                     summary.json
 
 A folder is written once and never changed; the step counts completed epochs.
 """
@@ -29,6 +30,7 @@ RUN_FILE = "run.json"
 METRICS = f"{RECORD}/metrics.jsonl"
 EVALUATIONS = f"{RECORD}/evaluations.jsonl"
 SUMMARY = f"{RECORD}/summary.json"
+SELF_TEST = f"{RECORD}/self-test.json"
 PROGRESS = f"{RECORD}/progress.json"
 GRIDS = f"{RECORD}/grids"
 ADAPTER = "adapter"

@@ -43,6 +43,9 @@ class Reason(StrEnum):
     PERMANENT_FAILURE = "PermanentFailure"
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
+    STALLED = "Stalled"
+    PREFLIGHT_FAILED = "PreflightFailed"
 
 
 CONDITION_MEANINGS: dict[ConditionType, str] = {
@@ -81,6 +84,12 @@ REASON_MEANINGS: dict[Reason, str] = {
     "would end the same way.",
     Reason.RESTARTS_EXHAUSTED: "The attempt failed and `runPolicy.maxRestarts` are used up.",
     Reason.DEADLINE_EXCEEDED: "The job was active for `runPolicy.activeDeadlineSeconds`.",
+    Reason.PRE_RUNNING_DEADLINE_EXCEEDED: "The pods of an attempt did not all run within "
+    "`runPolicy.preRunningDeadlineSeconds`.",
+    Reason.STALLED: "Progress did not move for `runPolicy.stallTimeoutSeconds`; the attempt was "
+    "ended and the next one starts after a pause.",
+    Reason.PREFLIGHT_FAILED: "A check before training found a node, the network or the store "
+    "unfit; the next attempt starts after a pause.",
 }
 
 
@@ -136,6 +145,11 @@ _STARTING = frozenset(
 )
 
 
+_RESTARTING = frozenset(
+    {Reason.RESTARTING, Reason.STOPPING, Reason.STALLED, Reason.PREFLIGHT_FAILED}
+)
+
+
 def phase_of(conditions: Sequence[Condition]) -> Phase:
     """The one word that sums the conditions up; their order does not matter."""
     for kind, phase in _DECISIVE:
@@ -147,7 +161,7 @@ def phase_of(conditions: Sequence[Condition]) -> Phase:
         return "Starting"
     if reason == Reason.SUSPENDING:
         return "Suspending"
-    if reason in (Reason.RESTARTING, Reason.STOPPING):
+    if reason in _RESTARTING:
         return "Restarting"
     return "Pending"
 

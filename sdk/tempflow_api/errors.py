@@ -10,6 +10,9 @@ TempFlowError
  ├─ CheckpointCorrupt    no complete checkpoint passed validation
  ├─ AddressInUse         a port that the run needs is taken
  ├─ TrainingDiverged     loss or gradients are not finite
+ ├─ PreflightFailed      a check before training found the pod unfit
+ ├─ SelfTestFailed       the model does not do what the loss takes for granted
+ ├─ TrainingCollapsed    the guard was told to stop, or has rolled back often enough
  └─ Preempted            asked to stop; the state is committed
 """
 
@@ -36,6 +39,9 @@ class ExitCode(IntEnum):
     STORE = 88
     CHECKPOINT_CORRUPT = 89
     RANK_DIED = 90
+    PREFLIGHT = 91
+    SELF_TEST = 92
+    COLLAPSED = 93
     INTERRUPTED = 130
 
 
@@ -49,6 +55,8 @@ PERMANENT = frozenset(
         ExitCode.CONFIG_CHANGED,
         ExitCode.STORE,
         ExitCode.CHECKPOINT_CORRUPT,
+        ExitCode.SELF_TEST,
+        ExitCode.COLLAPSED,
     }
 )
 """Codes after which a further attempt would end the same way."""
@@ -124,8 +132,20 @@ class AddressInUse(TempFlowError):
     exit_code = ExitCode.ADDRESS_IN_USE
 
 
+class PreflightFailed(TempFlowError):
+    exit_code = ExitCode.PREFLIGHT
+
+
 class TrainingDiverged(TempFlowError):
     exit_code = ExitCode.DIVERGED
+
+
+class SelfTestFailed(TempFlowError):
+    exit_code = ExitCode.SELF_TEST
+
+
+class TrainingCollapsed(TempFlowError):
+    exit_code = ExitCode.COLLAPSED
 
 
 class Preempted(TempFlowError):

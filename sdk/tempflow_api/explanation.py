@@ -89,8 +89,10 @@ class MemoryBytes(_Part):
     """Of one process; buffers of the CUDA libraries and models of rewards are not counted."""
 
     transformer: int
-    """Weights, trained ones too."""
+    """Weights, trained ones too; with ``strategy: shard`` this process's part, as of all that is
+    trained."""
     text_encoders: int
+    """In the memory of the host with ``compute.textCacheMebibytes``."""
     autoencoder: int
     gradients: int
     optimizer: int

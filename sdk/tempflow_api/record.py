@@ -53,6 +53,10 @@ class Metrics(Observed):
     """Mean |ratio - 1|."""
     grad_norm: float
     """Before it is scaled down."""
+    alarms: list[str] = Field(default_factory=list)
+    """What the guard found wrong."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint before this epoch."""
     images: int
     images_per_second: float
     seconds: EpochSeconds
@@ -79,9 +83,34 @@ class Evaluation(Observed):
     """Images that a reward failed with, of ``images``, by reward."""
     diversity: float | None
     """Mean distance of two images of a prompt; None where a prompt has one image."""
+    alarms: list[str] = Field(default_factory=list)
+    """What the guard found wrong."""
     images: int
     grid: str | None
     """Picture of all images, below the run's folder."""
+
+
+class SelfTest(Observed):
+    """What was found before the first epoch, ``self-test.json``."""
+
+    configuration: str
+    """Digest of the settings that it was found with."""
+    time: Timestamp
+    seconds: float
+    device: str
+    precision: str
+    trained_parameters: int
+    tensors_with_gradient: int
+    tensors_changed: int
+    """Of those with gradient, by one optimizer step."""
+    reward: float | None
+    """Of the one image that was drawn; None where a score that is not required is missing."""
+    rollout_difference: float
+    """Most that a log-probability differs between the rollout's calls and the update's."""
+    one_row_difference: float
+    """Most that it differs in a call of its own."""
+    bound: float
+    """What a difference may be."""
 
 
 class BeforeAfter(Observed):

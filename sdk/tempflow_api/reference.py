@@ -27,6 +27,9 @@ EXIT_MEANINGS: dict[ExitCode, str] = {
     ExitCode.STORE: "The checkpoint store is missing or refuses.",
     ExitCode.CHECKPOINT_CORRUPT: "No complete checkpoint passed its check.",
     ExitCode.RANK_DIED: "A process of the node died of a signal.",
+    ExitCode.PREFLIGHT: "A check before training found the node, the network or the store unfit.",
+    ExitCode.SELF_TEST: "The self-test before the first epoch found a mismatch.",
+    ExitCode.COLLAPSED: "The guard stopped the run: its alarms say why.",
     ExitCode.INTERRUPTED: "Interrupted from the keyboard.",
 }
 

@@ -4,10 +4,12 @@ A test runs both over the same table of manifests. ``path`` names the field at w
 shown; CEL expressions see the block named by ``scope`` as ``self``.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tempflow_api.pods import Volume
 from tempflow_api.v1alpha1 import JobSpec
 
 
@@ -61,6 +63,37 @@ def _groups_for_every_process(spec: JobSpec) -> bool:
     return groups >= compute.nodes * compute.processes_per_node
 
 
+# What the operator and torchrun set themselves.
+_OWN_VARIABLES = (
+    "^((TEMPFLOW|PET|TORCHELASTIC|TORCH_ELASTIC)_.*"
+    "|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|HOME|USER)$"
+)
+_OWN_PATHS = (
+    "/etc/tempflow",
+    "/var/tempflow",
+    "/var/cache/tempflow",
+    "/home/tempflow",
+    "/tmp",  # noqa: S108 - a volume of the pod
+    "/dev/shm",  # noqa: S108 - likewise
+)
+
+
+def _one_source(volume: Volume) -> bool:
+    sources = (volume.persistent_volume_claim, volume.config_map, volume.secret, volume.empty_dir)
+    return sum(source is not None for source in sources) == 1
+
+
+def _one_cache(spec: JobSpec) -> bool:
+    cache = spec.model_cache
+    given = (cache.persistent_volume_claim, cache.host_path, cache.empty_dir)
+    return sum(place is not None for place in given) <= 1
+
+
+def _count(scope: str, *fields: str) -> str:
+    """CEL for how many of these optional fields are there."""
+    return " + ".join(f"(has({scope}.{field}) ? 1 : 0)" for field in fields)
+
+
 def _equal_shares(spec: JobSpec) -> bool:
     algorithm, compute = spec.algorithm, spec.compute
     groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt // algorithm.updates_per_epoch
@@ -70,6 +103,19 @@ def _equal_shares(spec: JobSpec) -> bool:
 
 _WHOLE_FLOW_GRPO = (
     "(self.algorithm.method == 'flow-grpo' && self.algorithm.branchSet.choose == 'all')"
+)
+
+
+def _evaluation_size_fits(spec: JobSpec) -> bool:
+    digits = spec.model.family == "digits"
+    sizes = (spec.evaluation.width, spec.evaluation.height)
+    return all(size is None or (size == 14 if digits else size % 16 == 0) for size in sizes)
+
+
+_SIZE_OF_EVALUATION = " && ".join(
+    f"(!has(self.evaluation.{side}) || (self.model.family == 'digits' "
+    f"? self.evaluation.{side} == 14 : self.evaluation.{side} % 16 == 0))"
+    for side in ("width", "height")
 )
 _DIVISIBLE = "self.sampling.width % 16 == 0 && self.sampling.height % 16 == 0"
 
@@ -116,6 +162,13 @@ RULES: tuple[Rule, ...] = (
             spec.model.family != "digits"
             or (spec.sampling.width == 14 and spec.sampling.height == 14)
         ),
+    ),
+    Rule(
+        "spec.evaluation.width",
+        _SIZE_OF_EVALUATION,
+        "width and height of an evaluation are those that the family can draw: 14 x 14 for digits, "
+        "multiples of 16 for the others",
+        _evaluation_size_fits,
     ),
     Rule(
         "spec.algorithm.branchSteps",
@@ -263,6 +316,69 @@ RULES: tuple[Rule, ...] = (
         "starts with s3:// when compute.nodes is above 1: the nodes share no disk",
         lambda spec: spec.compute.nodes == 1 or (spec.checkpoint.uri or "").startswith("s3://"),
     ),
+    Rule(
+        "spec.compute.gpusPerProcess",
+        "self.compute.device != 'cuda' || !has(self.compute.gpusPerProcess) "
+        "|| self.compute.gpusPerProcess >= 1",
+        "is at least 1 with device cuda",
+        lambda spec: spec.compute.device != "cuda" or spec.compute.gpus_per_process != 0,
+    ),
+    Rule(
+        "spec.compute.extendedResources",
+        "self.compute.extendedResources.all(k, k.contains('/') && k != self.compute.gpuResource)",
+        "names have a domain (rdma/ib), and gpuResource is not among them: that is requested by "
+        "gpusPerProcess",
+        lambda spec: all(
+            "/" in name and name != spec.compute.gpu_resource
+            for name in spec.compute.extended_resources
+        ),
+    ),
+    Rule(
+        "spec.compute.podTemplate.labels",
+        "self.compute.podTemplate.labels.all(k, !k.startsWith('tempflow.dev/') "
+        "&& !k.startsWith('batch.kubernetes.io/'))",
+        "do not begin with tempflow.dev/ or batch.kubernetes.io/: the operator finds pods by these",
+        lambda spec: (
+            not any(
+                key.startswith(("tempflow.dev/", "batch.kubernetes.io/"))
+                for key in spec.compute.pod_template.labels
+            )
+        ),
+    ),
+    Rule(
+        "spec.compute.podTemplate.env",
+        f"self.compute.podTemplate.env.all(e, !e.name.matches('{_OWN_VARIABLES}'))",
+        "does not name what the operator and torchrun set themselves: TEMPFLOW_*, PET_*, RANK, "
+        "WORLD_SIZE, MASTER_ADDR, MASTER_PORT, HOME, USER and the like",
+        lambda spec: (
+            not any(
+                re.match(_OWN_VARIABLES, variable.name)
+                for variable in spec.compute.pod_template.env
+            )
+        ),
+    ),
+    Rule(
+        "spec.compute.podTemplate.volumes",
+        "self.compute.podTemplate.volumes.all(v, "
+        + _count("v", "persistentVolumeClaim", "configMap", "secret", "emptyDir")
+        + " == 1)",
+        "each has exactly one of persistentVolumeClaim, configMap, secret and emptyDir",
+        lambda spec: all(_one_source(volume) for volume in spec.compute.pod_template.volumes),
+    ),
+    Rule(
+        "spec.compute.podTemplate.volumes",
+        f"self.compute.podTemplate.volumes.all(v, !(v.mountPath in {list(_OWN_PATHS)!r}))",
+        f"are not mounted at {', '.join(_OWN_PATHS)}: the trainer has volumes of its own there",
+        lambda spec: (
+            not any(volume.mount_path in _OWN_PATHS for volume in spec.compute.pod_template.volumes)
+        ),
+    ),
+    Rule(
+        "spec.modelCache",
+        _count("self.modelCache", "persistentVolumeClaim", "hostPath", "emptyDir") + " <= 1",
+        "has at most one of persistentVolumeClaim, hostPath and emptyDir",
+        _one_cache,
+    ),
 )
 
 
@@ -286,10 +402,15 @@ FIELD_MUTABILITY: dict[str, Mutability] = {
     "spec.algorithm.epochs": Mutability.WHILE_SUSPENDED,
     "spec.optimizer.learningRate": Mutability.WHILE_SUSPENDED,
     "spec.evaluation.everyEpochs": Mutability.WHILE_SUSPENDED,
+    "spec.selfTest": Mutability.WHILE_SUSPENDED,
+    "spec.guard": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.everyEpochs": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.keepLast": Mutability.MUTABLE,
     "spec.checkpoint.endpointUrl": Mutability.WHILE_SUSPENDED,
     "spec.compute": Mutability.WHILE_SUSPENDED,
+    "spec.modelCache": Mutability.WHILE_SUSPENDED,
+    # A queue decides on an attempt when it is created.
+    "spec.runPolicy.queue": Mutability.WHILE_SUSPENDED,
     "spec.runPolicy": Mutability.MUTABLE,
     "spec.tracking": Mutability.WHILE_SUSPENDED,
 }

@@ -53,6 +53,8 @@ class Restarts(Observed):
     failures: Count = 0
     """These count against ``spec.runPolicy.maxRestarts``."""
     disruptions: Count = 0
+    preflights: Count = 0
+    """After attempts that ended before training: ``spec.compute.preflight`` found a node unfit."""
 
 
 class Progress(Observed):
@@ -63,11 +65,17 @@ class Progress(Observed):
     epochs: Count
     phase: Literal["starting", "rollout", "scoring", "update", "evaluation", "checkpoint", "done"]
     attempt: Count = 0
+    run_id: Text = ""
+    """Of which run it is the progress; an address may have been another job's pod before."""
     reward: Finite | None = None
     """Mean reward of the last epoch's draws."""
     images_per_second: Finite | None = None
     """Images drawn and scored, over the last epoch."""
     eta_seconds: Finite | None = None
+    alarms: Annotated[list[Text], Field(max_length=16)] = []
+    """What the guard found wrong with the last epoch or evaluation."""
+    rollbacks: Count = 0
+    """How often the guard went back to a checkpoint."""
     checkpoint_epoch: Count | None = None
     """Epochs completed in the last complete checkpoint."""
     checkpoint_uri: Uri | None = None
@@ -99,8 +107,12 @@ class Attempt(Observed):
     """One gang of pods, from start to end."""
 
     number: Count
-    outcome: Literal["Active", "Succeeded", "Failed", "Disrupted", "Suspended", "Cancelled"]
+    outcome: Literal[
+        "Active", "Succeeded", "Failed", "Disrupted", "Suspended", "Cancelled", "Unfit"
+    ]
     start_time: Timestamp | None = None
+    running_time: Timestamp | None = None
+    """When all its pods ran for the first time since then."""
     end_time: Timestamp | None = None
     failure: Failure | None = None
 
@@ -127,6 +139,8 @@ class JobStatus(Observed):
     progress: Progress | None = None
     progress_text: Annotated[str, Field(max_length=32)] = ""
     """Epochs completed of epochs asked for, as one word for ``kubectl get``."""
+    progress_moved_at: Timestamp | None = None
+    """When progress last changed, by the operator's clock."""
     checkpoint: LastCheckpoint | None = None
     attempts: Annotated[list[Attempt], Field(max_length=10)] = []
     """The last ten."""

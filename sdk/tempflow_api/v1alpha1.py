@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tempflow_api.base import Name, Prompt, Quantity, Section, Text, Uri
+from tempflow_api.pods import ModelCache, Network, PodTemplate
 from tempflow_api.status import JobStatus
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -262,9 +263,56 @@ class Evaluation(Section):
     """Also before the first epoch and after the last."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 40
     """Denoising steps, all deterministic."""
+    width: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels; those of ``sampling`` if absent."""
+    height: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels; those of ``sampling`` if absent."""
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = None
+    """That of ``sampling`` if absent. Training without guidance wants an evaluation without it,
+    too; pictures for people may want more."""
     prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
     """At most so many of the prompts, from the top of the list."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
+
+
+class SelfTest(Section):
+    """A test of model, precision and shapes before the first epoch; it changes nothing."""
+
+    enabled: bool = True
+    """It costs a trajectory and a few calls of the network."""
+    log_prob_tolerance: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """Most that a log-probability may depend on how many rows a call has, as a share of
+    ``algorithm.clipRange``. At a tenth the clip still means what it says; beyond that the run
+    does not start."""
+
+
+class Guard(Section):
+    """Alarms about a run that is going wrong, after every epoch and evaluation. At 0 a signal is
+    not watched."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """``warn`` tells it in log, metrics and progress. ``stop`` ends the run. ``rollback`` goes
+    back to the newest checkpoint, which no alarm preceded, with a smaller learning rate."""
+    ratio_drift: Annotated[float, Field(ge=0, le=1e9)] = 10.0
+    """Alarm when the mean of |ratio - 1| is more than so many times the clip range: steps are too
+    long, or the range is not made for latents of this size. With one update an epoch the ratio
+    is always 1, and the other signals have to do."""
+    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 10.0
+    """Alarm when the gradient norm before clipping is more than so many times its median over
+    the last 20 epochs; it usually stays within twice."""
+    zero_spread_share: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Alarm when the share of groups without spread is at least this, three epochs in a row:
+    there is nothing left to learn from, or all images are alike."""
+    reward_drop: Annotated[float, Field(ge=0, le=1e9)] = 3.0
+    """Alarm when the reward of an epoch is below that of the first epoch by more than so many of
+    the first epoch's standard deviations."""
+    held_out_drop: Annotated[float, Field(ge=0, le=1e9)] = 1.0
+    """Alarm when a held-out reward is below its first evaluation by more than so many of its
+    standard deviations then: the trained reward is being hacked."""
+    learning_rate_factor: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Multiplies the learning rate at each rollback: the same steps would end the same way."""
+    max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 3
+    """One more ends the run."""
 
 
 class Checkpoint(Section):
@@ -337,6 +385,22 @@ class Compute(Section):
     secret_name: Annotated[str, Field(max_length=253)] | None = None
     """A Secret whose keys become environment variables of the trainer: the credentials of the
     store and of the model hub."""
+    gpu_resource: Annotated[
+        str, Field(max_length=128, pattern=r"^[a-z0-9.-]+/[A-Za-z0-9_.-]+$")
+    ] = "nvidia.com/gpu"
+    """Under which name nodes offer their GPUs; a slice of one has a name of its own."""
+    gpus_per_process: Annotated[int, Field(ge=0, le=64)] | None = None
+    """GPUs requested for each process. Left out: one with ``cuda``, none with ``cpu``."""
+    extended_resources: Annotated[
+        dict[str, Annotated[int, Field(ge=1, le=1_000_000)]], Field(max_length=8)
+    ] = {}
+    """What else a pod needs of its node by number, for instance ``rdma/ib: 8`` or
+    ``vpc.amazonaws.com/efa: 4``."""
+    network: Network = Network()
+    pod_template: PodTemplate = PodTemplate()
+    preflight: bool = False
+    """Check GPUs, driver, /dev/shm, an all-reduce and the store before the model is loaded. A
+    failed check uses none of runPolicy.maxRestarts."""
 
 
 class RunPolicy(Section):
@@ -344,14 +408,41 @@ class RunPolicy(Section):
 
     suspend: bool = False
     """Stop after a checkpoint and hold no resources until it is false again."""
+    queue: (
+        Annotated[
+            str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+        ]
+        | None
+    ) = None
+    """A local queue of Kueue in the job's namespace. Each attempt is then created suspended, and
+    the queue admits it, takes it back and admits it again; time in the queue counts towards
+    nothing."""
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
     """Attempts after the first that failures may use; a disruption by the cluster uses none."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     """The job fails when it has been active for so long."""
+    pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """The job fails when the pods of an attempt, once admitted, do not all run after so long: a
+    missing image or a request that no node can meet does not get better with time."""
+    stall_timeout_seconds: Annotated[int, Field(ge=30, le=31_536_000)] | None = None
+    """An attempt whose progress has not moved for so long is ended as a failure. Longer than the
+    longest evaluation and than loading the model take; writing a checkpoint never counts."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
     """The job is deleted so long after its end. Checkpoints stay."""
     termination_grace_period_seconds: Annotated[int, Field(ge=15, le=86_400)] = 120
     """Between the request to stop and the kill: time for a last checkpoint."""
+
+
+class Wandb(Section):
+    """A run of Weights & Biases. The key comes from the environment or ``compute.secretName``, as
+    ``WANDB_API_KEY``."""
+
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "tempflow"
+    """Where the run is listed."""
+    entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Team or user; the key's own if absent."""
+    mode: Literal["online", "offline"] = "online"
+    """``offline`` writes below ``record/wandb``, to be sent by ``wandb sync``."""
 
 
 class Tracking(Section):
@@ -359,6 +450,10 @@ class Tracking(Section):
 
     image_grids: bool = True
     """Write a picture of each evaluation to ``record/grids``."""
+    tensorboard: bool = False
+    """Write event files to ``record/tensorboard``; needs the extra ``tensorboard``."""
+    wandb: Wandb | None = None
+    """Follow the run in Weights & Biases; needs the extra ``wandb``."""
 
 
 class JobSpec(Section):
@@ -372,9 +467,17 @@ class JobSpec(Section):
     """Scorers, by unique name; at least one with a weight."""
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
+    self_test: SelfTest = SelfTest()
+    guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute
+    model_cache: ModelCache = ModelCache()
     run_policy: RunPolicy = RunPolicy()
+    managed_by: (
+        Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9.-]+/[A-Za-z0-9_./-]+$")] | None
+    ) = None
+    """Who looks after the job, for instance ``kueue.x-k8s.io/multikueue``. Left out, or
+    ``tempflow.dev/operator``: this operator. With any other value it does nothing at all."""
     tracking: Tracking = Tracking()
 
 

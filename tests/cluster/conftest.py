@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import project_images, target
+from tempflow_api import crd, naming
+from tests.cluster import bare, build, project_images, target
+from tests.cluster.bare import Bare
 from tests.cluster.cluster import down, ensure_up
 from tests.cluster.layout import DEFAULT_STATE, StateFolder
 from tests.cluster.s3 import S3Server
@@ -57,6 +59,20 @@ def cluster(request: pytest.FixtureRequest, say: Say) -> Iterator[Target]:
     yield target.own(ours)
     if started:
         down(state, say, keep_logs=request.session.testsfailed > 0)
+
+
+@pytest.fixture(scope="session")
+def bare_server(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    """A control plane without nodes, which knows the project's resource definition."""
+    if platform.system() != "Linux":
+        pytest.skip("the binaries are built for Linux")
+    folder = tmp_path_factory.mktemp("bare")
+    tools = build.kubectl_and_helm(say)
+    with bare.running(build.binaries(say), tools / "kubectl", folder) as server:
+        server.kubectl.run("apply", "-f", "-", stdin=crd.document())
+        definition = f"customresourcedefinition/{naming.PLURAL}.{naming.GROUP}"
+        server.kubectl.run("wait", definition, "--for=condition=Established", "--timeout=60s")
+        yield server
 
 
 @pytest.fixture

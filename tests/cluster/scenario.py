@@ -39,6 +39,8 @@ SMALL = {
     "spec.evaluation.steps": 4,
     "spec.evaluation.prompts": 2,
     "spec.evaluation.imagesPerPrompt": 2,
+    # Nothing enforces it on the test cluster; it is one more object of every attempt.
+    "spec.compute.network.policy": "true",
 }
 
 

@@ -116,8 +116,11 @@ def test_merged_steps_are_as_short_as_their_noise_allows(
         assert landing <= last
         assert landing == last or noise_S[s] >= share * 0.7
         assert landing == plan.steps[s] + 1 or less_S[s] < share * 0.7
+    one = found.trajectory(0)
+    assert all(a <= b for a, b in zip(one.landings, one.steps[1:], strict=False))
+    assert (one.draws, one.images_per_group, one.steps[0]) == (1, 1, plan.steps[0])
     if method == "flow-grpo":
-        assert all(a <= b for a, b in zip(plan.landings, plan.steps[1:], strict=False))
+        assert one.steps == plan.steps
 
 
 @st.composite

@@ -26,14 +26,14 @@ from tempflow_api.explanation import (
     ScheduleStep,
     Seconds,
 )
-from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
+from tempflow_api.v1alpha1 import Compute, JobSpec, TempFlowGRPOJob
 from tempflow_trainer.algorithm import sde, weighting
 from tempflow_trainer.algorithm.branching import BranchPlan
 from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.data import Prompt, PromptOrder
 from tempflow_trainer.footprint import Cost, Footprint, weight_bytes
-from tempflow_trainer.main import objective_of, read_job_text, tuning_of
+from tempflow_trainer.main import objective_of, read_job_text, set_memory_savers, tuning_of
 from tempflow_trainer.models.base import Conditioning, FlowModel, Policy
 from tempflow_trainer.models.skeleton import Skeleton, skeleton
 from tempflow_trainer.models.tuning import Tuning
@@ -229,6 +229,7 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
     spec = job.spec
     bones = skeleton(spec.model)
     method = Method.of(spec, bones.model)
+    set_memory_savers(spec, bones.model)
     tuning = tuning_of(spec, bones.model)
     footprint = Footprint.of(
         bones,
@@ -242,7 +243,6 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
     images = method.groups_total * method.plan.images_per_group
     flops = _flops(calls, evaluations, images)
     trajectories = _trajectories(footprint, method.plan, geometry)
-    on_host = spec.compute.device != "cpu"
     transformer = bones.model.transformer
     return Explanation(
         name=job.metadata.name,
@@ -258,7 +258,7 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
         evaluations=evaluations,
         images_scored=images,
         geometry=geometry,
-        memory_bytes=_memory(calls, tuning, bones, trajectories, on_host=on_host),
+        memory_bytes=_memory(calls, tuning, bones, spec.compute, trajectories),
         flops=flops,
         seconds=_seconds(rate, flops, geometry.processes) if rate else None,
     )
@@ -282,7 +282,7 @@ class Calls:
         algorithm, compute = method.spec.algorithm, method.spec.compute
         forward = min(compute.rows_per_call, geometry.rows_in_flight)
         update = min(compute.rows_per_training_call, geometry.rows_per_update)
-        decode = min(compute.rows_per_call, geometry.images)
+        decode = min(compute.rows_per_decode or compute.rows_per_call, geometry.images)
         plan = method.plan
         return cls(
             forward=footprint.forward(forward),
@@ -317,28 +317,35 @@ def _flops(calls: Calls, evaluations: Evaluations, images: int) -> Flops:
 
 
 def _memory(
-    calls: Calls, tuning: Tuning, bones: Skeleton, trajectories: int, *, on_host: bool
+    calls: Calls, tuning: Tuning, bones: Skeleton, compute: Compute, trajectories: int
 ) -> MemoryBytes:
     trained = FLOAT32 * sum(p.numel() for p in tuning.parameters().values())
+    processes = compute.nodes * compute.processes_per_node
+    parts = processes if compute.strategy == "shard" else 1
+    encoders = sum(map(weight_bytes, bones.text_encoders))
     stays = {
-        "transformer": weight_bytes(bones.model.transformer),
-        "text_encoders": sum(map(weight_bytes, bones.text_encoders)),
+        "transformer": weight_bytes(bones.model.transformer) // parts,
         "autoencoder": weight_bytes(bones.autoencoder) if bones.autoencoder else 0,
-        "gradients": trained,
-        "optimizer": MOMENTS * trained,
-        "average": trained,
-        "reference": trained if tuning.keeps_reference else 0,
+        "gradients": trained // parts,
+        "optimizer": MOMENTS * trained // parts,
+        "average": trained // parts,
+        "reference": trained // parts if tuning.keeps_reference else 0,
     }
     peaks = {
         "rollout": calls.forward.peak_bytes,
         "scoring": calls.decode.peak_bytes,
         "update": calls.update.peak_bytes,
     }
+    # With a GPU, trajectories are in the host's memory, and encoders with a cache, too.
+    on_cpu = compute.device == "cpu"
+    beside = trajectories if on_cpu else 0
+    beside += encoders if on_cpu or not compute.text_cache_mebibytes else 0
     return MemoryBytes(
         **stays,
         **peaks,
+        text_encoders=encoders,
         trajectories=trajectories,
-        total=sum(stays.values()) + max(peaks.values()) + (0 if on_host else trajectories),
+        total=sum(stays.values()) + max(peaks.values()) + beside,
     )
 
 

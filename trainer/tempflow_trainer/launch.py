@@ -19,8 +19,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tempflow_api import naming
+from tempflow_api import checkpoint_layout, naming, termination
 from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid, Problem, TempFlowError
+from tempflow_api.status import Progress
+from tempflow_api.termination import LastWords
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 
 # Kubernetes shows the end of this file as the container's termination message.
@@ -210,6 +212,32 @@ def _last_words(file: Path) -> dict[str, Any] | None:
     return words
 
 
+def last_commit(environment: Mapping[str, str]) -> LastWords | None:
+    """Of this attempt, out of rank 0's progress record; None where another node has it.
+
+    The record of an earlier attempt, which a run fetches with what it continues, tells nothing.
+    """
+    work = environment.get(naming.ENV_WORK_DIR)
+    if work is None:
+        return None
+    try:
+        progress = Progress.model_validate_json(
+            (Path(work) / checkpoint_layout.PROGRESS).read_bytes()
+        )
+    except (OSError, ValidationError):
+        return None
+    attempt = environment.get(naming.ENV_ATTEMPT, "0")
+    mine = (progress.run_id, str(progress.attempt)) == (environment.get(naming.ENV_RUN_ID), attempt)
+    if not mine or progress.checkpoint_epoch is None:
+        return None
+    return LastWords(
+        run_id=progress.run_id,
+        attempt=progress.attempt,
+        checkpoint_epoch=progress.checkpoint_epoch,
+        checkpoint_uri=progress.checkpoint_uri,
+    )
+
+
 def main() -> int:
     """Returns the exit code; its message goes to stderr and to the termination message."""
     try:
@@ -218,8 +246,8 @@ def main() -> int:
         code, message = int(error.exit_code), str(error)
     if message:
         sys.stderr.write(f"{'note' if code == ExitCode.PREEMPTED else 'error'}: {message}\n")
-        if TERMINATION_LOG.exists():
-            TERMINATION_LOG.write_text(f"{message[:4000]}\n")
+    if TERMINATION_LOG.exists():
+        TERMINATION_LOG.write_text(termination.compose(last_commit(os.environ), message))
     return int(code)
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from tempflow_api.errors import (
 )
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
-from tempflow_trainer import distributed
+from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import sde
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.algorithm.exploration import Exploration
@@ -44,6 +45,7 @@ from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import open_store
+from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -196,15 +198,27 @@ def _optimizer(spec: JobSpec, tuning: Tuning) -> torch.optim.Optimizer:
 
 
 def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
-    """Deterministic sampling with the evaluation's own number of steps."""
-    sampling = spec.sampling
-    schedule = run.policy.model.schedule(spec.evaluation.steps, sampling.height, sampling.width)
+    """Deterministic sampling with the evaluation's own steps, size and guidance."""
+    sampling, evaluation, model = spec.sampling, spec.evaluation, run.policy.model
+    height, width = evaluation.height or sampling.height, evaluation.width or sampling.width
+    policy = run.policy
+    if evaluation.guidance_scale not in (None, sampling.guidance_scale):
+        guided = Policy.of(
+            model,
+            guidance_scale=float(evaluation.guidance_scale or 1),
+            negative_prompt=sampling.negative_prompt,
+            device=policy.device,
+            text=policy.text,
+            rows_per_decode=policy.rows_per_decode,
+        )
+        policy = replace(guided, evaluations=policy.evaluations)  # one count for the run
+    schedule = model.schedule(evaluation.steps, height, width)
     return Evaluator(
-        walker=Walker(run.policy, schedule, sampling.noise_level, spec.compute.rows_per_call),
+        walker=Walker(policy, schedule, sampling.noise_level, spec.compute.rows_per_call),
         reward=run.reward,
-        prompts=prompts[: spec.evaluation.prompts],
-        images_per_prompt=spec.evaluation.images_per_prompt,
-        latent_shape=run.latent_shape,
+        prompts=prompts[: evaluation.prompts],
+        images_per_prompt=evaluation.images_per_prompt,
+        latent_shape=model.latent_shape(height, width),
         run_seed=spec.algorithm.seed,
         ranks=run.ranks,
         equal_shares=run.tuning.sharded,
@@ -215,6 +229,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
     """Everything that a rank does; raises what ends it other than success."""
     spec, environment = job.spec, os.environ
     work = Path(environment[naming.ENV_WORK_DIR])
+    tracking.require(spec.tracking)
     server = None
     if ranks.is_first and environment.get(naming.ENV_PROGRESS_PORT):
         server = ProgressServer(int(environment[naming.ENV_PROGRESS_PORT]))
@@ -224,14 +239,16 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         record = Record(work)
     except OSError as error:
         raise StoreUnavailable(f"cannot write to {work}: {error.strerror}") from error
-    store = open_store(
-        spec.checkpoint, environment.get(naming.ENV_RUN_ID, job.metadata.name), work.parent
-    )
-    if ranks.is_first:
+    run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
+    store = open_store(spec.checkpoint, run_id, work.parent)
+    if spec.compute.preflight:
+        preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
+    elif ranks.is_first:
         store.probe()
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
-    model = families.load(spec.model, cache=work / "models", device=device)
+    cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
+    model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")
     run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
     Session(
@@ -247,6 +264,8 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         ),
         record=record,
         announce=server.announce if server else lambda _progress: None,
+        run_id=run_id,
+        tracking=Tracking.of(spec, job.metadata.name, work) if ranks.is_first else Tracking(),
     ).train()
 
 

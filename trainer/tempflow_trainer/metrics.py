@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.record import Evaluation, Metrics
@@ -76,6 +76,13 @@ class Record:
             return []
         whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
         return [kind.model_validate_json(line) for line in whole.splitlines()]
+
+    def read(self, name: str, kind: type[Line]) -> Line | None:
+        """A file of one object; None if it is not there or of another version."""
+        try:
+            return kind.model_validate_json((self.folder / name).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
 
     def cut_back(self, epoch: int) -> None:
         """Forget what lies after ``epoch``: a run that continues from there writes it again."""

@@ -10,20 +10,33 @@ import torch
 from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import ConfigChanged, Preempted, TempFlowError, of_code
+from tempflow_api.errors import (
+    ConfigChanged,
+    Preempted,
+    SelfTestFailed,
+    TempFlowError,
+    TrainingCollapsed,
+    TrainingDiverged,
+    of_code,
+)
 from tempflow_api.record import Evaluation as EvaluationLine
-from tempflow_api.record import Metrics, Spread
+from tempflow_api.record import Metrics, SelfTest, Spread
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import checkpoint, sharding
+from tempflow_trainer import checkpoint, selftest, sharding
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
+from tempflow_trainer.guard import WINDOW, Guard
 from tempflow_trainer.loop import Run, run_epoch
 from tempflow_trainer.metrics import Record, now
 from tempflow_trainer.summary import summarise
+from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
+
+ROLLBACKS = "guard.rollbacks"
+"""Among the totals of a run."""
 
 
 @dataclass
@@ -37,6 +50,9 @@ class Session:
     record: Record
     announce: Callable[[Progress], None]
     """Told of every change of progress, on rank 0."""
+    run_id: str = ""
+    """Which run's progress it is, for whoever asks at this address."""
+    tracking: Tracking = field(default_factory=Tracking)
     epochs_done: int = 0
     committed: int | None = None
     committed_uri: str | None = None
@@ -46,6 +62,20 @@ class Session:
     earlier: dict[str, float] = field(default_factory=dict)
     """Totals of the processes before this one."""
     last: Metrics | None = None
+    alarms: list[str] = field(default_factory=list)
+    """Of the last epoch and evaluation."""
+    rolled_back: int = 0
+    """Times that this process went back."""
+
+    def __post_init__(self) -> None:
+        """The guard of this run."""
+        held_out = tuple(t.name for t in self.evaluator.reward.terms if t.weight == 0)
+        self.guard = Guard(self.spec.guard, self.spec.algorithm.clip_range, held_out)
+
+    @property
+    def rollbacks(self) -> int:
+        """Of the whole run."""
+        return self.rolled_back + int(self.earlier.get(ROLLBACKS, 0))
 
     def train(self) -> None:
         """Run what is left to do.
@@ -55,25 +85,72 @@ class Session:
         """
         self.run.clock.on_phase = self._on_phase
         self._resume()
+        self._self_test()
+        self.tracking.begin(self.epochs_done or -1)
+        try:
+            self._to_the_end()
+        finally:
+            self.tracking.end()
+
+    def _to_the_end(self) -> None:
         try:
             if self.epochs_done == 0:
                 self._evaluate()
+                if self.spec.guard.action == "rollback" and self.committed is None:
+                    self._save()  # there is always a place to go back to
             while self.epochs_done < self.spec.algorithm.epochs:
                 self._epoch()
         except Preempted:
             if self.committed != self.epochs_done:
                 self._save()
-            self._publish()
             raise Preempted(
                 f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; the "
                 f"state is committed at {self.committed_uri}"
             ) from None
         self._finish()
 
+    def _self_test(self) -> None:
+        """Once for a configuration: its report is kept with the run.
+
+        Raises:
+            SelfTestFailed: on every rank.
+        """
+        if not self.spec.self_test.enabled or self._on_first(self._self_tested):
+            return
+        report = selftest.examine(self.run, self.evaluator.reward, self.spec)
+        problem = selftest.problem(report)
+        self._on_first(lambda: self._keep(report, problem))
+        if problem:
+            raise SelfTestFailed(f"self-test: {problem}")
+
+    def _keep(self, report: SelfTest, problem: str | None) -> str:
+        self.record.write(layout.SELF_TEST, report.model_dump_json(by_alias=True, indent=1))
+        self._store_record()
+        log.info(
+            "self-test %s: log-probabilities differ by %.2g between rollout and update, by "
+            "%.2g for one row alone (at most %.2g)",
+            "failed" if problem else "passed",
+            report.rollout_difference,
+            report.one_row_difference,
+            report.bound,
+        )
+        return ""
+
+    def _self_tested(self) -> str:
+        known = self.record.read(layout.SELF_TEST, SelfTest)
+        same = known is not None and known.configuration == selftest.configuration_of(self.spec)
+        return "passed" if known and same and selftest.problem(known) is None else ""
+
     def _epoch(self) -> None:
         before = dict(self.run.clock.seconds)
         evaluations = self.evaluations
-        metrics = run_epoch(self.run, self.epochs_done)
+        try:
+            metrics = run_epoch(self.run, self.epochs_done)
+        except TrainingDiverged as error:
+            if self.spec.guard.action != "rollback":
+                raise
+            self._heed([str(error)])
+            return
         self.epochs_done += 1
         self._count_evaluations()
         images = self._images_of(self.epochs_done - 1)
@@ -91,10 +168,14 @@ class Session:
                     purpose: count - evaluations.get(purpose, 0)
                     for purpose, count in self.evaluations.items()
                 },
+                "rollbacks": self.rollbacks,
             }
         )
+        self.alarms = self.guard.epoch(self.last)
+        self.last = self.last.model_copy(update={"alarms": self.alarms})
         if self.run.ranks.is_first:
             self.record.append(layout.METRICS, self.last)
+            self.tracking.epoch(self.last)
             log.info(
                 "epoch %d of %d: reward %.4f, %.0f images/s",
                 self.epochs_done,
@@ -110,9 +191,78 @@ class Session:
                 )
         last = self.epochs_done == self.spec.algorithm.epochs
         if last or self.epochs_done % self.spec.evaluation.every_epochs == 0:
-            self._evaluate()
+            self.alarms = [*self.alarms, *self._evaluate()]
+        if self.alarms and self._heed(self.alarms):
+            return
         if last or self.epochs_done % self.spec.checkpoint.every_epochs == 0:
             self._save()
+
+    def _heed(self, alarms: list[str]) -> bool:
+        """Act upon alarms as ``spec.guard`` says; whether the run went back.
+
+        Raises:
+            TrainingCollapsed: it says stop, or the run went back often enough.
+        """
+        guard, said = self.spec.guard, "; ".join(alarms)
+        if self.run.ranks.is_first:
+            log.warning("alarm after %d epochs: %s", self.epochs_done, said)
+        if guard.action == "warn":
+            return False
+        advice = "lower spec.optimizer.learningRate, or set spec.guard.action: warn to go on"
+        if guard.action == "stop" or self.rollbacks == guard.max_rollbacks:
+            self._on_phase("update")
+            tries = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
+            raise TrainingCollapsed(
+                f"the guard stopped the run at epoch {self.epochs_done}{tries}: {said}; {advice}"
+            )
+        self._roll_back()
+        return True
+
+    def _roll_back(self) -> None:
+        """Go on from the newest checkpoint, more slowly, and commit that at once: a crash after it
+        must not go back to the higher rate."""
+        found = self._on_first(lambda: self.checkpoints.newest_sound() or "")
+        earlier = self.earlier
+        self._restore(self.checkpoints.load(found))
+        self.earlier = earlier  # what was thrown away has been computed, too
+        self.rolled_back += 1
+        self._set_learning_rate()
+        if self.run.ranks.is_first:
+            self.record.cut_back(self.epochs_done)
+            self.tracking.begin(self.epochs_done)
+            log.warning(
+                "went back to epoch %d, rollback %d of %d; the learning rate is %.3g now",
+                self.epochs_done,
+                self.rollbacks,
+                self.spec.guard.max_rollbacks,
+                self.run.optimizer.param_groups[0]["lr"],
+            )
+        self._remind_guard()
+        self._save()
+
+    def _set_learning_rate(self) -> None:
+        factor = self.spec.guard.learning_rate_factor**self.rollbacks
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = self.spec.optimizer.learning_rate * factor
+
+    def _remind_guard(self) -> None:
+        """Tell the guard of every rank what rank 0 has recorded."""
+        said = ""
+        if self.run.ranks.is_first:
+            epochs = self.record.lines(layout.METRICS, Metrics)
+            evaluations = self.record.lines(layout.EVALUATIONS, EvaluationLine)
+            kept = [*epochs[:1], *epochs[1:][-WINDOW:]]
+            said = json.dumps(
+                [
+                    [line.model_dump(mode="json", by_alias=True) for line in lines]
+                    for lines in (kept, evaluations[:1])
+                ]
+            )
+        told, first = json.loads(self.run.ranks.from_first(said))
+        self.guard.remember(
+            [Metrics.model_validate(line) for line in told],
+            [EvaluationLine.model_validate(line) for line in first],
+        )
 
     def _count_evaluations(self) -> None:
         own = self.run.policy.evaluations
@@ -125,23 +275,29 @@ class Session:
         groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt
         return groups * self.run.exploration.plan(epoch).images_per_group
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> list[str]:
+        """Draw, score and record; the guard's alarms about it."""
         with self.run.clock("evaluation"), self.run.tuning.values(self.run.ema.values):
             found = self.evaluator.run()
         self._count_evaluations()
+        alarms = self.guard.evaluation(_evaluation_line(self.epochs_done, found, None))
         if not self.run.ranks.is_first:
-            return
+            return alarms
         grid = None
         if self.spec.tracking.image_grids:
             grid = f"{layout.GRIDS}/epoch-{self.epochs_done:06d}.png"
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
-        self.record.append(layout.EVALUATIONS, _evaluation_line(self.epochs_done, found, grid))
+        line = _evaluation_line(self.epochs_done, found, grid)
+        line = line.model_copy(update={"alarms": alarms})
+        self.record.append(layout.EVALUATIONS, line)
+        self.tracking.evaluation(line)
         log.info(
             "evaluation after %d epochs: reward %.4f",
             self.epochs_done,
             float(found.total.nanmean()),
         )
+        return alarms
 
     def _save(self) -> None:
         """Commit on rank 0; the others wait, so that none runs ahead of a failed save."""
@@ -149,6 +305,8 @@ class Session:
             state = self._state()
             self.committed_uri = self._on_first(lambda: self._commit(state))
         self.committed = self.epochs_done
+        # At once: whoever ends this process now still learns which checkpoint is the newest.
+        self._publish()
 
     def _commit(self, state: State) -> str:
         folder = self.checkpoints.save(state, lambda folder: self._export(folder, state.average))
@@ -190,6 +348,7 @@ class Session:
         """Images, evaluations and seconds of the whole run, over all its processes."""
         now_ = {
             "images": float(self.images),
+            ROLLBACKS: float(self.rolled_back),
             **{f"evaluations.{k}": float(v) for k, v in self.evaluations.items()},
             **{f"seconds.{k}": v for k, v in self.run.clock.seconds.items()},
         }
@@ -224,6 +383,8 @@ class Session:
             self._fetch_record()
             # A run that has no epoch yet evaluates the base model again, too.
             self.record.cut_back(self.epochs_done or -1)
+        self._set_learning_rate()
+        self._remind_guard()
 
     def _choose(self) -> str:
         self._check_same_run()
@@ -268,6 +429,7 @@ class Session:
             lines = self.record.lines(layout.EVALUATIONS, EvaluationLine)
             summary = summarise(lines, self._totals(), self.epochs_done, str(self.committed_uri))
             self.record.write(layout.SUMMARY, summary.model_dump_json(by_alias=True, indent=1))
+            self.tracking.end()  # what is stored is whole
             self._store_record()
         self._on_phase("done")
 
@@ -292,8 +454,11 @@ class Session:
                 "epochs": epochs,
                 "phase": phase,
                 "attempt": self.checkpoints.attempt,
+                "runId": self.run_id,
                 "reward": last.reward if last else None,
                 "imagesPerSecond": last.images_per_second if last else None,
+                "alarms": [alarm[:1024] for alarm in self.alarms[:16]],
+                "rollbacks": self.rollbacks,
                 "etaSeconds": epoch_seconds * left if epoch_seconds else None,
                 "checkpointEpoch": self.committed,
                 "checkpointUri": self.committed_uri,

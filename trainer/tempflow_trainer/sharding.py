@@ -40,6 +40,11 @@ def whole(tensor: Tensor) -> Tensor:
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
+def part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(values: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors by name, on the CPU where they were in parts; nothing on a rank that does not
     keep them. All ranks have to ask."""

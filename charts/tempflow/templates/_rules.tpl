@@ -21,6 +21,15 @@
 - apiGroups: [""]
   resources: [services, configmaps]
   verbs: [get, list, create, delete]
+# One for each attempt of a job that asks for it.
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, list, create, delete]
+{{- with .Values.gangScheduling }}
+- apiGroups: [{{ ternary "scheduling.volcano.sh" "scheduling.x-k8s.io" (eq . "volcano") }}]
+  resources: [podgroups]
+  verbs: [get, list, create, delete]
+{{- end }}
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, patch]

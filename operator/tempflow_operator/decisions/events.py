@@ -27,7 +27,7 @@ _TROUBLE = frozenset(
         Reason.REQUEST_REFUSED,
     }
 )
-_BAD_OUTCOMES = frozenset({"Failed", "Disrupted"})
+_BAD_OUTCOMES = frozenset({"Failed", "Disrupted", "Unfit"})
 # The API server refuses longer notes.
 _NOTE_LIMIT = 1000
 _MOST_SERIES = 10_000

@@ -5,7 +5,7 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
-from tempflow_api.errors import ASKED_TO_STOP, PERMANENT
+from tempflow_api.errors import ASKED_TO_STOP, PERMANENT, ExitCode
 from tempflow_api.naming import TRAINER_CONTAINER
 from tempflow_api.status import Failure
 from tempflow_operator.decisions.observed import Gang, Pod, Why
@@ -22,6 +22,9 @@ class FailureClass(StrEnum):
     """A further attempt would end the same way."""
     RETRIABLE = "retriable"
     """A further attempt makes sense and uses one of ``maxRestarts``."""
+    PREFLIGHT = "preflight"
+    """Nothing was trained, because a check before found the pods unfit: a further attempt, perhaps
+    on other nodes, which uses none."""
     DISRUPTION = "disruption"
     """The cluster took pods away: a further attempt, which uses none."""
 
@@ -47,7 +50,7 @@ def classify(gang: Gang, pods: tuple[Pod, ...]) -> Ending:
     if weight < _BYSTANDER:
         return Ending(_class_of_pod(pod), _cause_in_pod(pod))
     named = next((suspect[3] for suspect in suspects if suspect[2] == told.cause.pod), pod)
-    if told.cause.exit_code in PERMANENT:
+    if told.failure_class in (FailureClass.PERMANENT, FailureClass.PREFLIGHT):
         return told
     return Ending(FailureClass.DISRUPTION, _cause_in_pod(named))
 
@@ -65,7 +68,9 @@ _BYSTANDER = 4
 
 def _weight(pod: Pod) -> int:
     ended = pod.ended
-    if ended is not None and ended.exit_code in PERMANENT:
+    if ended is not None and (
+        ended.exit_code in PERMANENT or ended.exit_code == ExitCode.PREFLIGHT
+    ):
         return 0
     if pod.disruption is not None:
         return 1
@@ -88,6 +93,8 @@ def _moment(pod: Pod) -> float:
 def _class_of_pod(pod: Pod) -> FailureClass:
     if pod.ended is not None and pod.ended.exit_code in PERMANENT:
         return FailureClass.PERMANENT
+    if pod.ended is not None and pod.ended.exit_code == ExitCode.PREFLIGHT:
+        return FailureClass.PREFLIGHT
     if pod.disruption is not None:
         return FailureClass.DISRUPTION
     return FailureClass.RETRIABLE
@@ -126,6 +133,8 @@ def _from_gang(why: Why) -> Ending:
     )
     if exit_code in PERMANENT:
         return Ending(FailureClass.PERMANENT, cause)
+    if exit_code == ExitCode.PREFLIGHT:
+        return Ending(FailureClass.PREFLIGHT, cause)
     taken = exit_code in ASKED_TO_STOP or "DisruptionTarget" in why.message
     if taken or why.reason == _DELETED:
         return Ending(FailureClass.DISRUPTION, cause)

@@ -9,14 +9,15 @@ from typing import Literal, NamedTuple
 
 from tempflow_api.conditions import ConditionType, Reason, find
 from tempflow_api.status import Attempt, Failure, JobStatus, Restarts
-from tempflow_operator.decisions import failure, instants
-from tempflow_operator.decisions.failure import FailureClass
-from tempflow_operator.decisions.observed import Gang, Snapshot, TrainingJob
+from tempflow_operator.decisions import failure, hindrance, instants, stall
+from tempflow_operator.decisions.failure import Ending, FailureClass
+from tempflow_operator.decisions.observed import Gang, Pod, Snapshot, TrainingJob
+from tempflow_operator.decisions.reading import Reading
 from tempflow_operator.settings import Timing
 
 HISTORY = 10
 
-Outcome = Literal["Active", "Succeeded", "Failed", "Disrupted", "Suspended", "Cancelled"]
+Outcome = Literal["Active", "Succeeded", "Failed", "Disrupted", "Suspended", "Cancelled", "Unfit"]
 
 
 class End(NamedTuple):
@@ -52,17 +53,22 @@ class Ledger:
 
 
 def bring_up_to_date(
-    job: TrainingJob, seen: Snapshot, problems: tuple[str, ...], now: float, timing: Timing
+    job: TrainingJob,
+    seen: Snapshot,
+    problems: tuple[str, ...],
+    now: float,
+    timing: Timing,
+    reading: Reading | None = None,
 ) -> Ledger:
     """The recorded accounts, with everything entered that has happened since."""
     ledger = recorded(job.status)
     if ledger.end is not None:
         return ledger
-    ledger = _settle(ledger, job, seen, now, timing)
-    newest = max((gang.attempt for gang in seen.gangs), default=0)
+    ledger = _settle(ledger, job, seen, now, timing, reading)
+    newest = seen.newest_attempt
     if newest > ledger.attempt:
         # Created by a pass whose status write was lost.
-        ledger = _settle(opened(ledger, newest), job, seen, now, timing)
+        ledger = _settle(opened(ledger, newest), job, seen, now, timing, reading)
     if problems and not ledger.open and ledger.end is None and not job.suspend:
         # Only where an attempt would start: what runs does not end because the operator changed.
         ledger = _give_up(ledger, Reason.SPEC_INVALID, "; ".join(problems), now)
@@ -109,7 +115,14 @@ def opened(ledger: Ledger, number: int) -> Ledger:
     )
 
 
-def _settle(ledger: Ledger, job: TrainingJob, seen: Snapshot, now: float, timing: Timing) -> Ledger:
+def _settle(
+    ledger: Ledger,
+    job: TrainingJob,
+    seen: Snapshot,
+    now: float,
+    timing: Timing,
+    reading: Reading | None,
+) -> Ledger:
     """``ledger`` with the open attempt ended, if anything has ended it.
 
     What the gang itself says comes first: a job that completes in the moment in which it is
@@ -122,7 +135,8 @@ def _settle(ledger: Ledger, job: TrainingJob, seen: Snapshot, now: float, timing
         if job.suspend:
             return _closed(ledger, "Suspended", now, None)
         return _failed(ledger, job, seen, Gang(name="", uid="", attempt=0), now, timing)
-    ledger = _with_start(ledger, gang)
+    pods = seen.pods_of(ledger.attempt)
+    ledger = _with_running(_with_start(ledger, gang), gang, pods, now)
     if gang.completed_at is not None:
         done = _closed(ledger, "Succeeded", gang.completed_at, None)
         end = End(True, Reason.COMPLETED, "all epochs are trained", gang.completed_at)
@@ -136,8 +150,41 @@ def _settle(ledger: Ledger, job: TrainingJob, seen: Snapshot, now: float, timing
         )
     if job.suspend:
         return _closed(ledger, "Suspended", now, None)
-    if gang.deleting:
+    if gang.deleting or (not gang.queued and _is_lost(pods, now, timing)):
         return _failed(ledger, job, seen, gang, now, timing)
+    return _overdue(ledger, job, pods, now, timing, reading)
+
+
+def _is_lost(pods: tuple[Pod, ...], now: float, timing: Timing) -> bool:
+    """Whether a pod stands on a node that is gone. The Job controller waits for its end for ever,
+    and where it was the only one, or its peers do not notice, so would the job."""
+    overdue = (pod.lost_at(timing.lost_node) for pod in pods)
+    return any(moment is not None and moment <= now for moment in overdue)
+
+
+def _overdue(
+    ledger: Ledger,
+    job: TrainingJob,
+    pods: tuple[Pod, ...],
+    now: float,
+    timing: Timing,
+    reading: Reading | None,
+) -> Ledger:
+    """Ended, if it does not begin or does not get on."""
+    due = starts_by(ledger, job)
+    if due is not None and now >= due:
+        told = hindrance.of_pods(pods)
+        why = told.message if told is not None else "the cluster does not say why"
+        message = f"not all pods ran within spec.runPolicy.preRunningDeadlineSeconds: {why}"
+        reason = Reason.PRE_RUNNING_DEADLINE_EXCEEDED
+        cause = Failure(reason=reason.value, message=message[:4096])
+        return _give_up(_closed(ledger, "Failed", now, cause), reason, message, now)
+    due = stall.stalls_at(job, ledger.attempt, reading, now)
+    if due is not None and now >= due and reading is not None and reading.progress is not None:
+        progress = reading.progress
+        message = f"no progress since epoch {progress.epoch} of {progress.epochs}, {progress.phase}"
+        cause = Failure(reason=Reason.STALLED.value, message=message)
+        return _ended(ledger, job, Ending(FailureClass.RETRIABLE, cause), now, timing)
     return ledger
 
 
@@ -150,21 +197,45 @@ def _with_start(ledger: Ledger, gang: Gang) -> Ledger:
     start = None if gang.start_time is None else instants.timestamp(gang.start_time)
     if start == current.start_time or (start is None and not gang.queued):
         return ledger
-    return _replaced(ledger, current.model_copy(update={"start_time": start}))
+    update = {"start_time": start, "running_time": None}
+    return _replaced(ledger, current.model_copy(update=update))
+
+
+def _with_running(ledger: Ledger, gang: Gang, pods: tuple[Pod, ...], now: float) -> Ledger:
+    current = ledger.current
+    if current is None or current.start_time is None or current.running_time is not None:
+        return ledger
+    _, complete = hindrance.how_many_run(gang, pods)
+    if not complete:
+        return ledger
+    update = {"running_time": instants.timestamp(now)}
+    return _replaced(ledger, current.model_copy(update=update))
 
 
 def _failed(
     ledger: Ledger, job: TrainingJob, seen: Snapshot, gang: Gang, at: float, timing: Timing
 ) -> Ledger:
-    kind, cause = failure.classify(gang, seen.pods_of(ledger.attempt))
-    outcome: Outcome = "Disrupted" if kind is FailureClass.DISRUPTION else "Failed"
-    ledger = _closed(ledger, outcome, at, cause)
+    return _ended(ledger, job, failure.classify(gang, seen.pods_of(ledger.attempt)), at, timing)
+
+
+_OUTCOMES: dict[FailureClass, Outcome] = {
+    FailureClass.DISRUPTION: "Disrupted",
+    FailureClass.PREFLIGHT: "Unfit",
+}
+
+
+def _ended(ledger: Ledger, job: TrainingJob, ending: Ending, at: float, timing: Timing) -> Ledger:
+    kind, cause = ending
+    ledger = _closed(ledger, _OUTCOMES.get(kind, "Failed"), at, cause)
     if kind is FailureClass.PERMANENT:
         return _give_up(ledger, Reason.PERMANENT_FAILURE, failure.sentence(cause), at)
     restarts = ledger.restarts
     if kind is FailureClass.DISRUPTION:
         restarts = restarts.model_copy(update={"disruptions": restarts.disruptions + 1})
         count = restarts.disruptions
+    elif kind is FailureClass.PREFLIGHT:
+        restarts = restarts.model_copy(update={"preflights": restarts.preflights + 1})
+        count = restarts.preflights
     else:
         allowed = job.spec.run_policy.max_restarts if job.spec is not None else 0
         if restarts.failures >= allowed:
@@ -186,6 +257,7 @@ def _closed(ledger: Ledger, outcome: Outcome, at: float | None, cause: Failure |
         number=current.number,
         outcome=outcome,
         start_time=current.start_time,
+        running_time=current.running_time,
         end_time=None if at is None else instants.timestamp(max(at, start or at)),
         failure=cause,
     )
@@ -210,6 +282,18 @@ def deadline_at(ledger: Ledger, job: TrainingJob) -> float | None:
     if limit is None or not ledger.open or current is None or current.start_time is None:
         return None
     return instants.seconds(current.start_time) + limit - ledger.active_seconds
+
+
+def starts_by(ledger: Ledger, job: TrainingJob) -> float | None:
+    """When all pods of the open attempt have to run, if they do not yet. A queue's time is not
+    counted: it decides when the attempt starts."""
+    limit = job.spec.run_policy.pre_running_deadline_seconds if job.spec is not None else None
+    current = ledger.current
+    if limit is None or not ledger.open or current is None or current.start_time is None:
+        return None
+    if current.running_time is not None:
+        return None
+    return instants.seconds(current.start_time) + limit
 
 
 def _deadline_passed(ledger: Ledger, job: TrainingJob, now: float) -> bool:

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from tempflow_api.naming import LABEL_ATTEMPT, TRAINER_CONTAINER
+from tempflow_api import termination
+from tempflow_api.naming import LABEL_ATTEMPT, OPERATOR, TRAINER_CONTAINER, run_folder
 from tempflow_api.rules import broken_rules
 from tempflow_api.status import JobStatus
+from tempflow_api.termination import LastWords
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_operator.decisions import instants
 from tempflow_operator.decisions.adoption import owned_by
@@ -19,6 +21,8 @@ from tempflow_operator.decisions.adoption import owned_by
 Raw = Mapping[str, Any]
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+RECEIPT = "ConfigMap"
+"""The kind of the object that shows that an attempt's number is used."""
 
 
 class Key(NamedTuple):
@@ -41,12 +45,24 @@ class TrainingJob:
     generation: int
     resource_version: str = ""
     deleting: bool = False
+    managed_by: str | None = None
+    """Who looks after it; even a spec that is not valid says so."""
     spec: JobSpec | None
     """None when the stored spec is not valid; ``problems`` says why."""
     problems: tuple[str, ...] = ()
     status: JobStatus
     stored_status: Raw = field(default_factory=dict)
     """As it is stored, to tell whether a write would change anything."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether this operator looks after it."""
+        return self.managed_by in (None, OPERATOR)
+
+    @property
+    def run_id(self) -> str:
+        """Under which the trainer files its checkpoints."""
+        return run_folder(self.namespace, self.name, self.uid)
 
     @property
     def suspend(self) -> bool:
@@ -88,6 +104,9 @@ class Ended:
     exit_code: int
     reason: str = ""
     message: str = ""
+    """What it left for people."""
+    words: LastWords | None = None
+    """What it left for the operator."""
     time: float | None = None
 
 
@@ -120,10 +139,15 @@ class Pod:
     def deleting(self) -> bool:
         return self.stop_by is not None
 
+    def lost_at(self, patience: float) -> float | None:
+        """When it is taken for dead with its node; None while nobody has asked it to stop."""
+        return self.stop_by + patience if self.live and self.stop_by is not None else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A Service or ConfigMap of an attempt; only its existence matters."""
+    """What an attempt has beside its gang: a Service, a ConfigMap, perhaps a NetworkPolicy and a
+    PodGroup. Only its existence matters."""
 
     kind: str
     name: str
@@ -145,6 +169,13 @@ class Snapshot:
 
     def pods_of(self, attempt: int) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.attempt == attempt)
+
+    @property
+    def newest_attempt(self) -> int:
+        """The highest number under which something may have run: that of a gang, or of a
+        ConfigMap, which is created after its gang and without which no pod starts."""
+        receipts = (part.attempt for part in self.parts if part.kind == RECEIPT)
+        return max((*(gang.attempt for gang in self.gangs), *receipts), default=0)
 
     @property
     def anything_live(self) -> bool:
@@ -169,6 +200,7 @@ def training_job(raw: Raw) -> TrainingJob:
         generation=metadata.get("generation", 0),
         resource_version=metadata.get("resourceVersion", ""),
         deleting="deletionTimestamp" in metadata,
+        managed_by=raw.get("spec", {}).get("managedBy"),
         spec=spec,
         problems=problems,
         status=_status(stored),
@@ -202,20 +234,19 @@ def snapshot(
     *,
     jobs: Iterable[Raw] = (),
     pods: Iterable[Raw] = (),
-    services: Iterable[Raw] = (),
-    config_maps: Iterable[Raw] = (),
+    parts: Mapping[str, Iterable[Raw]] | None = None,
 ) -> Snapshot:
-    """What was listed by label, less what the job does not own."""
+    """What was listed by label, less what the job does not own. ``parts`` are by kind."""
     gangs = tuple(_gang(job) for job in jobs if owned_by(job["metadata"], owner_uid))
-    services = [part for part in services if owned_by(part["metadata"], owner_uid)]
-    config_maps = [part for part in config_maps if owned_by(part["metadata"], owner_uid)]
     return Snapshot(
         gangs=gangs,
         # Only a gang's template carries the job's UID, and a pod outlives a gang that is deleted.
         pods=tuple(_pod(pod) for pod in pods),
-        parts=(
-            *(_part("Service", part["metadata"]) for part in services),
-            *(_part("ConfigMap", part["metadata"]) for part in config_maps),
+        parts=tuple(
+            _part(kind, part["metadata"])
+            for kind, listed in (parts or {}).items()
+            for part in listed
+            if owned_by(part["metadata"], owner_uid)
         ),
     )
 
@@ -271,6 +302,12 @@ def _part(kind: str, metadata: Raw) -> Part:
     )
 
 
+def last_words(raw_pod: Raw) -> LastWords | None:
+    """What the ended trainer in a pod left for the operator."""
+    ended = _pod(raw_pod).ended
+    return ended.words if ended is not None else None
+
+
 def _pod(raw: Raw) -> Pod:
     metadata, status = raw["metadata"], raw.get("status", {})
     statuses = status.get("containerStatuses") or []
@@ -318,9 +355,11 @@ def _ended(container: Raw) -> Ended | None:
     state = container.get("state", {}).get("terminated")
     if not state:
         return None
+    words, message = termination.read(state.get("message", ""))
     return Ended(
         exit_code=state.get("exitCode", 0),
         reason=state.get("reason", ""),
-        message=state.get("message", ""),
+        message=message,
+        words=words,
         time=_time(state.get("finishedAt")),
     )

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tempflow_operator.decisions.ledger import Ledger, deadline_at, opened
-from tempflow_operator.decisions.observed import Gang, Part, Snapshot, TrainingJob
+from tempflow_operator.decisions import stall
+from tempflow_operator.decisions.ledger import Ledger, deadline_at, opened, starts_by
+from tempflow_operator.decisions.observed import RECEIPT, Gang, Part, Snapshot, TrainingJob
+from tempflow_operator.decisions.reading import Reading
 from tempflow_operator.settings import Timing
 
 
@@ -59,8 +61,8 @@ def released(ledger: Ledger, seen: Snapshot, now: float, timing: Timing) -> bool
         return False
     if seen.may_start_pods:
         return False
-    overdue = now - timing.lost_node
-    return all(pod.stop_by is not None and pod.stop_by <= overdue for pod in seen.pods if pod.live)
+    moments = [pod.lost_at(timing.lost_node) for pod in seen.pods if pod.live]
+    return all(moment is not None and moment <= now for moment in moments)
 
 
 def actions(
@@ -70,13 +72,14 @@ def actions(
     desired: Sequence[Mapping[str, Any]],
     now: float,
 ) -> list[Action]:
-    """What to do, in order. ``desired`` are the objects of the open attempt, the Job last, so that
-    what its pods need exists before them."""
+    """What to do, in order. ``desired`` are the objects of the open attempt, in the order of their
+    creation."""
     if job.deleting:
         return []  # the garbage collector takes it all
     if _expired(job, ledger, now):
         return [Delete(kind=KIND_OF_JOB, name=job.name, uid=job.uid)]
-    return [*_removals(seen, ledger), *_creations(seen, desired if ledger.open else ())]
+    removals = _removals(seen, ledger, recorded=job.status.attempt)
+    return [*removals, *_creations(seen, desired if ledger.open else ())]
 
 
 # The custom resource itself, deleted when its time to live is over.
@@ -90,9 +93,13 @@ def _creations(seen: Snapshot, desired: Sequence[Mapping[str, Any]]) -> list[Act
     return [create for create in creations if (create.kind, create.name) not in present]
 
 
-def _removals(seen: Snapshot, ledger: Ledger) -> list[Action]:
+def _removals(seen: Snapshot, ledger: Ledger, *, recorded: int) -> list[Action]:
+    """``recorded`` is the newest attempt that the stored status knows."""
     gangs = [gang for gang in seen.gangs if not gang.deleting and _superfluous(gang, ledger)]
-    parts = [part for part in seen.parts if not part.deleting and not _in_use(part, ledger)]
+    parts = [part for part in seen.parts if not part.deleting]
+    parts = [part for part in parts if not _in_use(part, ledger)]
+    # The lasting witness of a number that status does not know yet stays until it does.
+    parts = [part for part in parts if part.kind != RECEIPT or part.attempt <= recorded]
     return [
         *(Delete("Job", gang.name, gang.uid) for gang in gangs),
         *(Delete(part.kind, part.name, part.uid) for part in parts),
@@ -126,12 +133,20 @@ def _expires_at(job: TrainingJob, ledger: Ledger) -> float | None:
 
 
 def look_again_at(
-    job: TrainingJob, seen: Snapshot, ledger: Ledger, now: float, timing: Timing
+    job: TrainingJob,
+    seen: Snapshot,
+    ledger: Ledger,
+    now: float,
+    timing: Timing,
+    reading: Reading | None = None,
 ) -> float | None:
     """When the next pass is due if nothing happens; None when only an event can change anything."""
     if job.deleting:
         return None
-    moments = [deadline_at(ledger, job), _expires_at(job, ledger)]
+    moments = [deadline_at(ledger, job), starts_by(ledger, job), _expires_at(job, ledger)]
+    if ledger.open:
+        moments.append(stall.stalls_at(job, ledger.attempt, reading, now))
+        moments += [pod.lost_at(timing.lost_node) for pod in seen.pods_of(ledger.attempt)]
     if not ledger.open and seen.anything_live:
         moments.append(now + timing.recheck_stopping)
     elif ledger.end is None and not ledger.open and not job.suspend:

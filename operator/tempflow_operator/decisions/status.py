@@ -3,26 +3,14 @@
 from dataclasses import dataclass
 
 from tempflow_api.conditions import ConditionType, Reason, phase_of, set_condition
-from tempflow_api.naming import run_folder
 from tempflow_api.status import Condition, JobStatus, LastCheckpoint, Progress, Replicas
-from tempflow_operator.decisions import failure, instants
+from tempflow_api.termination import LastWords
+from tempflow_operator.decisions import failure, hindrance, instants, stall
 from tempflow_operator.decisions.ledger import Ledger
 from tempflow_operator.decisions.observed import Pod, Snapshot, TrainingJob
+from tempflow_operator.decisions.reading import Reading
 
-_PULL_REASONS = frozenset(
-    {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
-)
-_START_REASONS = frozenset(
-    {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The newest progress of rank 0, or why there is none to be had."""
-
-    progress: Progress | None = None
-    problem: str = ""
+__all__ = ["Obstacle", "Reading", "next_status", "stored_form"]
 
 
 @dataclass(frozen=True)
@@ -48,18 +36,20 @@ def next_status(
     ledger: Ledger,
     *,
     reading: Reading | None,
+    words: LastWords | None,
     obstacle: Obstacle | None,
     released: bool,
     now: float,
 ) -> JobStatus:
-    """The whole status; ``released`` says that no attempt holds anything any more.
+    """The whole status; ``words`` are what the newest attempt left behind, ``released`` says that
+    no attempt holds anything any more.
 
     Equal inputs give an equal status, whatever ``now`` is: it dates transitions and nothing else.
     """
     old = job.status
     pods = seen.pods_of(ledger.attempt)
-    progress = _progress(job, ledger, reading)
-    checkpoint = _checkpoint(job, ledger, progress)
+    checkpoint = _checkpoint(job, ledger, reading, words)
+    progress = _progress(job, ledger, reading, checkpoint)
     current = ledger.current
     facts = {
         ConditionType.SUSPENDED: _suspended(job, seen, ledger),
@@ -82,6 +72,7 @@ def next_status(
         completion_time=_timestamp(ledger.end.time) if ledger.end is not None else None,
         progress=progress,
         progress_text=f"{progress.epoch}/{progress.epochs}" if progress is not None else "",
+        progress_moved_at=_timestamp(stall.moved_at(job, reading, now)),
         checkpoint=checkpoint,
         attempts=list(ledger.attempts),
     )
@@ -168,9 +159,22 @@ def _running(job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading 
         return _Fact(False, reason)
     if ledger.attempt == 0:
         return _Fact(False, Reason.PENDING)
-    if seen.anything_live:
-        return _Fact(False, Reason.STOPPING, _after(ledger, "its pods are stopping"))
-    return _Fact(False, Reason.RESTARTING, _after(ledger, _due(ledger)))
+    stopping = seen.anything_live
+    reason = _own_reason(ledger) or (Reason.STOPPING if stopping else Reason.RESTARTING)
+    return _Fact(False, reason, _after(ledger, STOPPING if stopping else _due(ledger)))
+
+
+STOPPING = "its pods are stopping"
+
+
+def _own_reason(ledger: Ledger) -> Reason | None:
+    """Of an ending that people can do something about before the next attempt ends likewise."""
+    current = ledger.current
+    if current is None or current.failure is None:
+        return None
+    if current.outcome == "Unfit":
+        return Reason.PREFLIGHT_FAILED
+    return Reason.STALLED if current.failure.reason == Reason.STALLED else None
 
 
 def _due(ledger: Ledger) -> str:
@@ -194,71 +198,80 @@ def _attempt_runs(seen: Snapshot, ledger: Ledger, reading: Reading | None) -> _F
         return _Fact(False, Reason.PODS_STARTING, "the pods are being created")
     if gang.queued:
         return _Fact(False, Reason.QUEUED, "the queue has not admitted this attempt")
-    running = sum(pod.phase == "Running" for pod in pods)
-    ended = sum(pod.phase == "Succeeded" for pod in pods)
-    if running + ended >= gang.nodes:
+    running, complete = hindrance.how_many_run(gang, pods)
+    if complete:
         problem = reading.problem if reading is not None else ""
         note = f"; progress cannot be read: {problem}" if problem else ""
         return _Fact(True, Reason.PODS_RUNNING, f"{gang.nodes} of {gang.nodes} pods run{note}")
-    return _hindrance(pods) or _Fact(
-        False, Reason.PODS_STARTING, f"{running} of {gang.nodes} pods run"
-    )
+    told = hindrance.of_pods(pods)
+    if told is not None:
+        return _Fact(False, told.reason, told.message)
+    return _Fact(False, Reason.PODS_STARTING, f"{running} of {gang.nodes} pods run")
 
 
-def _hindrance(pods: tuple[Pod, ...]) -> _Fact | None:
-    """What keeps a pod from running, of the first pod by name that has something to tell."""
-    for pod in sorted(pods, key=lambda pod: pod.name):
-        waiting = pod.waiting
-        if waiting is not None and waiting.reason in _PULL_REASONS:
-            return _Fact(False, Reason.IMAGE_PULL_FAILED, _told(pod.name, waiting.message))
-        if waiting is not None and waiting.reason in _START_REASONS:
-            return _Fact(False, Reason.CONTAINER_NOT_STARTED, _told(pod.name, waiting.message))
-        if pod.unschedulable:
-            return _Fact(False, Reason.UNSCHEDULABLE, _told(pod.name, pod.unschedulable))
-    return None
-
-
-def _told(pod: str, message: str) -> str:
-    return f"pod {pod}: {' '.join(message.split())}"
-
-
-def _progress(job: TrainingJob, ledger: Ledger, reading: Reading | None) -> Progress | None:
+def _progress(
+    job: TrainingJob, ledger: Ledger, reading: Reading | None, checkpoint: LastCheckpoint | None
+) -> Progress | None:
     progress = job.status.progress
     if reading is not None and reading.progress is not None and ledger.attempt:
         progress = reading.progress
-    if progress is not None and ledger.end is not None and ledger.end.succeeded:
+    if progress is None or ledger.open:
+        return progress
+    if checkpoint is not None:
+        commit = {"checkpoint_epoch": checkpoint.epoch, "checkpoint_uri": checkpoint.uri}
+        progress = progress.model_copy(update=commit)
+    if ledger.end is not None and ledger.end.succeeded:
         # The pods are gone before they could be asked a last time; their success says as much.
         done = {"epoch": progress.epochs, "phase": "done", "eta_seconds": None}
-        return progress.model_copy(update=done | _last_commit(job, progress))
+        progress = progress.model_copy(update=done)
     return progress
 
 
-def _last_commit(job: TrainingJob, progress: Progress) -> dict[str, object]:
-    """The checkpoint after the last epoch, without which no success is told."""
-    if progress.checkpoint_epoch == progress.epochs:
-        return {}
-    return {"checkpoint_epoch": progress.epochs, "checkpoint_uri": _run(job)}
+def _checkpoint(
+    job: TrainingJob, ledger: Ledger, reading: Reading | None, words: LastWords | None
+) -> LastCheckpoint | None:
+    """The newest complete checkpoint. An attempt that has just started knows of none yet, and one
+    that resumed from an older one is right: what it reports replaces what was known.
+
+    An attempt that has ended may have committed once more after it was last asked, and deleted
+    what it had named before. What it left behind says so; where that is lost the run's folder is
+    named, in which the newest one is found.
+    """
+    stored = job.status.checkpoint
+    told = _reported(reading) or stored
+    if ledger.open or ledger.attempt == 0:
+        return told
+    if words is not None:
+        return LastCheckpoint(epoch=words.checkpoint_epoch, uri=words.checkpoint_uri)
+    if ledger.end is not None and ledger.end.succeeded and job.spec is not None:
+        # No success is told without the checkpoint after the last epoch.
+        epochs = job.spec.algorithm.epochs
+        if stored is not None and stored.epoch == epochs:
+            return stored
+        return LastCheckpoint(epoch=epochs, uri=_run(job))
+    if told is not None and _has_just_ended(job, ledger):
+        return LastCheckpoint(epoch=told.epoch, uri=_run(job))
+    return stored
+
+
+def _reported(reading: Reading | None) -> LastCheckpoint | None:
+    progress = reading.progress if reading is not None else None
+    if progress is None or progress.checkpoint_epoch is None:
+        return None
+    return LastCheckpoint(epoch=progress.checkpoint_epoch, uri=progress.checkpoint_uri)
+
+
+def _has_just_ended(job: TrainingJob, ledger: Ledger) -> bool:
+    """Whether status, as it is stored, does not know yet that the newest attempt has ended."""
+    recorded = {attempt.number: attempt.outcome for attempt in job.status.attempts}
+    return recorded.get(ledger.attempt, "Active") == "Active"
 
 
 def _run(job: TrainingJob) -> str | None:
-    """The run's folder, for when its newest checkpoint's own is not known: rank 0 was not asked
-    after the commit, and what it had named before may be deleted by now."""
+    """The run's folder."""
     if job.spec is None or job.spec.checkpoint.uri is None:
         return None
-    root = job.spec.checkpoint.uri.rstrip("/")
-    return f"{root}/{run_folder(job.namespace, job.name, job.uid)}"
-
-
-def _checkpoint(
-    job: TrainingJob, ledger: Ledger, progress: Progress | None
-) -> LastCheckpoint | None:
-    """The newest complete checkpoint. An attempt that has just started knows of none yet, and one
-    that resumed from an older one is right: what it reports replaces what was known."""
-    if progress is not None and progress.checkpoint_epoch is not None:
-        return LastCheckpoint(epoch=progress.checkpoint_epoch, uri=progress.checkpoint_uri)
-    if ledger.end is not None and ledger.end.succeeded and job.spec is not None:
-        return LastCheckpoint(epoch=job.spec.algorithm.epochs, uri=_run(job))
-    return job.status.checkpoint
+    return f"{job.spec.checkpoint.uri.rstrip('/')}/{job.run_id}"
 
 
 def stored_form(status: JobStatus) -> dict[str, object]:

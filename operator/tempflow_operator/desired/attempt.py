@@ -33,6 +33,12 @@ class AttemptOf:
     def name(self) -> str:
         return attempt_name(self.job, self.number)
 
+    @property
+    def config_name(self) -> str:
+        """Name of the ConfigMap. It is no other job's, not even that of an earlier job of the same
+        name which is just being collected: pods must not start with what that one left."""
+        return f"{self.name}-{self.uid[:8]}"
+
     def selector(self) -> dict[str, str]:
         """Labels that exactly this attempt's pods have."""
         return {LABEL_JOB_UID: self.uid, LABEL_ATTEMPT: str(self.number)}

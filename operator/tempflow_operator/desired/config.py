@@ -18,7 +18,7 @@ def config_map(attempt: AttemptOf) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": attempt.metadata(),
+        "metadata": {**attempt.metadata(), "name": attempt.config_name},
         "immutable": True,
         "data": {JOB_FILE: job.model_dump_json(by_alias=True, exclude_none=True, indent=1)},
     }

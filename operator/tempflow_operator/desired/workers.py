@@ -1,14 +1,19 @@
 """The Indexed Job of one attempt: one pod a node, each with a rank, all of which fail together."""
 
 from tempflow_api import naming
-from tempflow_api.errors import ASKED_TO_STOP, PERMANENT
+from tempflow_api.errors import ASKED_TO_STOP, PERMANENT, ExitCode
+from tempflow_api.pods import ModelCache
 from tempflow_api.v1alpha1 import Compute
 from tempflow_operator.desired.attempt import AttemptOf, Manifest
 from tempflow_operator.desired.config import JOB_FILE
+from tempflow_operator.desired.gang import SCHEDULERS, in_group
+from tempflow_operator.desired.network import variables
+from tempflow_operator.desired.overrides import with_overrides
 from tempflow_operator.desired.quantities import total_bytes
 from tempflow_operator.settings import Pods
 
-GPU = "nvidia.com/gpu"
+# https://kueue.sigs.k8s.io/docs/tasks/run/jobs/
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 # The user of the trainer's image; any other number than root's works as well.
 USER = 65532
@@ -16,39 +21,51 @@ USER = 65532
 _CONFIG_DIR = "/etc/tempflow"
 _WORK_DIR = "/var/tempflow"
 _HOME = "/home/tempflow"
+_CACHE_DIR = "/var/cache/tempflow"
 
 
 def workers(attempt: AttemptOf, settings: Pods) -> Manifest:
     """Any failed pod fails the Job; the Job controller then stops the others, and reports Failed
     only when all of them have ended."""
     nodes = attempt.spec.compute.nodes
+    queue = attempt.spec.run_policy.queue
+    template = {"metadata": {"labels": attempt.labels()}, "spec": _pod(attempt, settings)}
+    template = with_overrides(template, attempt)
+    scheduler = SCHEDULERS.get(settings.gang_scheduler)
+    if scheduler is not None:
+        template = in_group(template, attempt, scheduler)
+    metadata = attempt.metadata()
+    if queue is not None:
+        metadata["labels"] = {**metadata["labels"], QUEUE_LABEL: queue}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": attempt.metadata(),
-        # No "suspend": in a cluster with a queue it belongs to the queue.
+        "metadata": metadata,
         "spec": {
+            # Set once, here, so that no pod starts before the queue has seen the Job. From then on
+            # it belongs to the queue; without one nobody sets it.
+            **({"suspend": True} if queue is not None else {}),
             "completionMode": "Indexed",
             "completions": nodes,
             "parallelism": nodes,
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _failure_rules()},
-            "template": {
-                "metadata": {"labels": attempt.labels()},
-                "spec": _pod(attempt, settings),
-            },
+            "podFailurePolicy": {"rules": _failure_rules(queued=queue is not None)},
+            "template": template,
         },
     }
 
 
-def _failure_rules() -> list[Manifest]:
+def _failure_rules(*, queued: bool) -> list[Manifest]:
     """Every rule fails the Job, as a failure without rule does. They make the Job's condition say
-    which pod ended and how, which outlives the pod."""
+    which pod ended and how, which outlives the pod.
+
+    A queue that takes the pods back asks them to stop, too, and that must not fail the Job.
+    """
     return [
-        _exit_codes(sorted(int(code) for code in PERMANENT)),
+        _exit_codes(sorted(int(code) for code in {*PERMANENT, ExitCode.PREFLIGHT})),
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        _exit_codes(sorted(ASKED_TO_STOP)),
+        *([] if queued else [_exit_codes(sorted(ASKED_TO_STOP))]),
     ]
 
 
@@ -82,7 +99,7 @@ def _pod(attempt: AttemptOf, settings: Pods) -> Manifest:
         "topologySpreadConstraints": [_one_pod_a_node(attempt)],
         "tolerations": _tolerations(settings),
         "containers": [_container(attempt, settings)],
-        "volumes": _volumes(attempt),
+        "volumes": [*_volumes(attempt), *_cache_volume(attempt.spec.model_cache)],
     }
 
 
@@ -136,6 +153,8 @@ def _container(attempt: AttemptOf, settings: Pods) -> Manifest:
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - likewise
         ],
     }
+    if _cache_volume(attempt.spec.model_cache):
+        container["volumeMounts"].append({"name": "models", "mountPath": _CACHE_DIR})
     if compute.secret_name is not None:
         # Only the name: the kubelet reads the Secret, the operator may not.
         container["envFrom"] = [{"secretRef": {"name": compute.secret_name}}]
@@ -156,7 +175,11 @@ def _environment(attempt: AttemptOf) -> list[Manifest]:
         "HOME": _HOME,
         # The user's number has no name in most images, and Python and torch ask for one.
         "USER": "tempflow",
+        **variables(attempt.spec.compute.network),
     }
+    if _cache_volume(attempt.spec.model_cache):
+        values[naming.ENV_MODEL_CACHE] = _CACHE_DIR
+        values["HF_HOME"] = f"{_CACHE_DIR}/huggingface"
     rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
     return [
         *({"name": name, "value": value} for name, value in values.items()),
@@ -173,14 +196,36 @@ def _resources(compute: Compute) -> Manifest:
     if compute.memory is not None:
         requests["memory"] = compute.memory
         limits["memory"] = str(total_bytes(compute.memory, compute.shared_memory))
-    if compute.device == "cuda":
-        requests[GPU] = limits[GPU] = str(compute.processes_per_node)
+    for name, count in _devices(compute).items():
+        requests[name] = limits[name] = str(count)
     return {"requests": requests, "limits": limits}
+
+
+def _devices(compute: Compute) -> dict[str, int]:
+    """Resources that are counted: GPUs, and what else the job names."""
+    each = compute.gpus_per_process
+    if each is None:
+        each = 1 if compute.device == "cuda" else 0
+    gpus = {compute.gpu_resource: each * compute.processes_per_node} if each else {}
+    return {**gpus, **compute.extended_resources}
+
+
+def _cache_volume(cache: ModelCache) -> list[Manifest]:
+    """None where the job asks for no cache: models then lie with the rest of what a pod writes."""
+    if cache.persistent_volume_claim is not None:
+        claim = {"claimName": cache.persistent_volume_claim}
+        return [{"name": "models", "persistentVolumeClaim": claim}]
+    if cache.host_path is not None:
+        path = {"path": cache.host_path, "type": "Directory"}
+        return [{"name": "models", "hostPath": path}]
+    if cache.empty_dir is not None:
+        return [{"name": "models", "emptyDir": {"sizeLimit": cache.empty_dir}}]
+    return []
 
 
 def _volumes(attempt: AttemptOf) -> list[Manifest]:
     return [
-        {"name": "job", "configMap": {"name": attempt.name}},
+        {"name": "job", "configMap": {"name": attempt.config_name}},
         {"name": "work", "emptyDir": {}},
         {"name": "home", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},

@@ -71,6 +71,7 @@ _BUILTIN = _position("the only built-in", "spec.model.source")
 _PROMPTS = _position("exactly one", "spec.data")
 _SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
 _FOURTEEN = _position("the digits family", "spec.sampling.width")
+_EVALUATION_SIZE = _position("width and height of an ev", "spec.evaluation.width")
 _LAST_STEP = _position("each is less", "spec.algorithm.branchSteps")
 _STEP_TWICE = _position("no step", "spec.algorithm.branchSteps")
 _NO_BRANCHES = _position("is 1 with", "spec.algorithm.branchesPerSeed")
@@ -92,6 +93,14 @@ _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
 
+_NO_GPU = _position("is at least 1", "spec.compute.gpusPerProcess")
+_RESOURCES = _position("names have", "spec.compute.extendedResources")
+_POD_LABELS = _position("do not begin", "spec.compute.podTemplate.labels")
+_OWN_ENV = _position("does not name", "spec.compute.podTemplate.env")
+_ONE_SOURCE = _position("each has", "spec.compute.podTemplate.volumes")
+_OWN_PATHS = _position("are not mounted", "spec.compute.podTemplate.volumes")
+_ONE_CACHE = _position("has at most", "spec.modelCache")
+
 _SD3 = {"model.family": "sd3", "model.source": "owner/name"}
 
 BREAKERS = (
@@ -109,6 +118,7 @@ BREAKERS = (
     Breaker("odd height", _SIXTEEN, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
     Breaker("large digits", _FOURTEEN, {"sampling.width": 28, "sampling.height": 28}),
     Breaker("high digits", _FOURTEEN, {"sampling.height": 28}),
+    Breaker("large evaluation of digits", _EVALUATION_SIZE, {"evaluation.width": 28}),
     Breaker("last step", _LAST_STEP, {"algorithm.branchSteps": [0, 9]}),
     Breaker("step twice", _STEP_TWICE, {"algorithm.branchSteps": [3, 0, 3]}),
     Breaker(
@@ -226,6 +236,40 @@ BREAKERS = (
         _SHARED_STORE,
         {"compute.nodes": 2, "checkpoint": {"uri": "/mnt/runs"}},
     ),
+    Breaker("cuda without a GPU", _NO_GPU, {"compute.device": "cuda", "compute.gpusPerProcess": 0}),
+    Breaker("no domain", _RESOURCES, {"compute.extendedResources": {"rdma": 1}}),
+    Breaker("the GPU twice", _RESOURCES, {"compute.extendedResources": {"nvidia.com/gpu": 1}}),
+    Breaker("our label", _POD_LABELS, {"compute.podTemplate.labels": {"tempflow.dev/role": "x"}}),
+    Breaker(
+        "our variable",
+        _OWN_ENV,
+        {"compute.podTemplate.env": [{"name": "TEMPFLOW_ATTEMPT", "value": "9"}]},
+    ),
+    Breaker(
+        "torchrun's variable",
+        _OWN_ENV,
+        {"compute.podTemplate.env": [{"name": "LOCAL_WORLD_SIZE", "value": "9"}]},
+    ),
+    Breaker(
+        "a volume of nothing",
+        _ONE_SOURCE,
+        {"compute.podTemplate.volumes": [{"name": "a", "mountPath": "/a"}]},
+    ),
+    Breaker(
+        "a volume of two things",
+        _ONE_SOURCE,
+        {
+            "compute.podTemplate.volumes": [
+                {"name": "a", "mountPath": "/a", "secret": "s", "emptyDir": "1Gi"}
+            ]
+        },
+    ),
+    Breaker(
+        "a volume over ours",
+        _OWN_PATHS,
+        {"compute.podTemplate.volumes": [{"name": "a", "mountPath": "/tmp", "emptyDir": "1Gi"}]},
+    ),
+    Breaker("two caches", _ONE_CACHE, {"modelCache": {"hostPath": "/cache", "emptyDir": "1Gi"}}),
 )
 
 

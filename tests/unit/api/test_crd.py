@@ -250,9 +250,8 @@ def allowed(old: Raw, new: Raw) -> bool:
         for holder in ("self", "oldSelf"):
             for path in sorted([*LEAVES, "model.lora"], key=len, reverse=True):
                 section, _, field = path.rpartition(".")
-                text = text.replace(
-                    f"has({holder}.{path})", f"has({holder}.{section}.get('{field}'))"
-                )
+                block = f"{holder}.{section}" if section else holder
+                text = text.replace(f"has({holder}.{path})", f"has({block}.get('{field}'))")
         if not eval(text, scope):
             return False
     return True

@@ -28,6 +28,7 @@ IMAGE = ("--set", "image.repository=r/tempflow-operator", "--set", "image.tag=v1
         ("watch.namespaces={Team_A}", "/watch/namespaces/0"),
         ("watch.namespace=team-a", "'namespace' not allowed"),
         ("log.format=xml", "/log/format"),
+        ("gangScheduling=some", "/gangScheduling"),
         ("crds.enabled=maybe", "/crds/enabled"),
         ("resources.limits.memory=plenty", "/resources/limits/memory"),
         ("networkPolicy.apiServerPorts={0}", "/networkPolicy/apiServerPorts/0"),

@@ -12,9 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tempflow_api import naming
 from tempflow_api.status import Attempt
+from tempflow_api.termination import LastWords
 from tempflow_operator import watches
 from tempflow_operator.cluster import CONFIG_MAPS, TRAINING_JOBS, ApiError, _answer, _newest
 from tempflow_operator.decisions.ledger import Ledger
+from tempflow_operator.lastwords import Heard
 from tempflow_operator.logs import JsonFormatter
 from tempflow_operator.main import first_of
 from tempflow_operator.metrics import Metrics
@@ -28,7 +30,7 @@ from tempflow_operator.settings import (
     Settings,
     from_environment,
 )
-from tests.builders import PodBuilder, make_pod, seen
+from tests.builders import PodBuilder, make_job, make_pod, seen
 
 
 class TestSettings:
@@ -218,7 +220,7 @@ class TestWatches:
 
     def test_no_handler_stores_anything(self) -> None:
         """Handlers of changes, timers and daemons would annotate every job."""
-        watching = watches.Watches((), lambda *_: None)
+        watching = watches.Watches((), lambda *_: None, lambda *_: None)
         registry = watching._registry(asyncio.new_event_loop())
         assert len(registry._watching.get_all_handlers()) == 3
         assert not registry._changing.get_all_handlers()
@@ -298,11 +300,13 @@ class TestCluster:
 class TestWhomToAsk:
     def target(self, *pods: PodBuilder, attempt: int = 2) -> Target | None:
         record = Attempt(number=attempt, outcome="Active")
-        return rank_zero(seen(*pods), Ledger(attempt=attempt, attempts=(record,)))
+        return rank_zero(
+            make_job().typed(), seen(*pods), Ledger(attempt=attempt, attempts=(record,))
+        )
 
     def test_the_running_pod_of_rank_zero(self) -> None:
         pods = [make_pod(2, 1).running(ip="10.0.0.9"), make_pod(2, 0).running(ip="10.0.0.7")]
-        assert self.target(*pods) == Target("pod-2-0", "10.0.0.7", 2)
+        assert self.target(*pods) == Target("pod-2-0", "10.0.0.7", 2, "team/demo-11111111")
 
     @pytest.mark.parametrize(
         "pod",
@@ -319,4 +323,30 @@ class TestWhomToAsk:
         assert self.target(pod) is None
 
     def test_nobody_between_attempts(self) -> None:
-        assert rank_zero(seen(make_pod(1, 0).running()), Ledger(attempt=1)) is None
+        assert (
+            rank_zero(make_job().typed(), seen(make_pod(1, 0).running()), Ledger(attempt=1)) is None
+        )
+
+
+class TestHeard:
+    def words(self, attempt: int) -> LastWords:
+        return LastWords(run_id="team/demo", attempt=attempt, checkpoint_epoch=attempt)
+
+    def test_the_newest_attempts_words_are_kept(self) -> None:
+        heard = Heard()
+        for attempt in (1, 3, 2):
+            heard.note("team", "uid", self.words(attempt))
+        assert heard.of("team", "uid") == self.words(3)
+
+    def test_a_pod_of_another_namespace_or_job_is_not_believed(self) -> None:
+        heard = Heard()
+        heard.note("evil", "uid", self.words(1))
+        heard.note("team", "other", self.words(1))
+        assert heard.of("team", "uid") is None
+
+    def test_it_does_not_grow_for_ever(self) -> None:
+        heard = Heard()
+        for number in range(10_001):
+            heard.note("team", str(number), self.words(1))
+        assert heard.of("team", "0") is None
+        assert heard.of("team", "10000") is not None

@@ -20,6 +20,7 @@ GOOD: dict[str, Any] = {
     "epochs": 10,
     "phase": "rollout",
     "attempt": 1,
+    "runId": "team/demo",
     "reward": 0.5,
     "time": "2026-01-31T12:00:00Z",
 }
@@ -31,11 +32,11 @@ def answer(**changes: object) -> bytes:
 
 class TestParse:
     def test_a_good_one(self) -> None:
-        progress = parse(answer(checkpointEpoch=2, checkpointUri="s3://b/x"), attempt=1)
+        progress = parse(answer(checkpointEpoch=2, checkpointUri="s3://b/x"), "team/demo", 1)
         assert (progress.epoch, progress.reward, progress.checkpoint_epoch) == (3, 0.5, 2)
 
     def test_keys_of_a_newer_trainer_are_ignored(self) -> None:
-        assert parse(answer(mood="good"), attempt=1).epoch == 3
+        assert parse(answer(mood="good"), "team/demo", 1).epoch == 3
 
     @pytest.mark.parametrize(
         ("body", "why"),
@@ -56,11 +57,13 @@ class TestParse:
             (answer(time="yesterday"), "time"),
             (answer(checkpointUri="x" * 2000), "checkpointUri"),
             (answer(attempt=2), "attempt 2"),
+            (answer(runId="team/other"), "another run"),
+            (answer(runId=""), "another run"),
         ],
     )
     def test_anything_else_has_a_reason(self, body: bytes, why: str) -> None:
         with pytest.raises(Unusable, match=why) as caught:
-            parse(body, attempt=1)
+            parse(body, "team/demo", 1)
         assert len(str(caught.value)) < 300
         assert "xxxx" not in str(caught.value)  # the answer itself is not repeated
 
@@ -127,7 +130,7 @@ class Pod:
             writer.close()
 
     def target(self, attempt: int = 1) -> Target:
-        return Target("pod-uid", "127.0.0.1", attempt, self.port)
+        return Target("pod-uid", "127.0.0.1", attempt, "team/demo", self.port)
 
 
 async def fetched(responder: Responder) -> bytes:
@@ -164,8 +167,8 @@ class TestFetch:
 
 
 def test_an_address_of_either_kind() -> None:
-    assert Target("u", "10.0.0.1", 1).url == "http://10.0.0.1:8080/progress"
-    assert Target("u", "fd00::1", 1).url == "http://[fd00::1]:8080/progress"
+    assert Target("u", "10.0.0.1", 1, "r").url == "http://10.0.0.1:8080/progress"
+    assert Target("u", "fd00::1", 1, "r").url == "http://[fd00::1]:8080/progress"
 
 
 class Reader:

@@ -55,7 +55,7 @@ def test_what_if_and_both_forms(
     )
     told = Explanation.model_validate(json.loads(capfd.readouterr().out))
     assert [step.step for step in told.schedule] == [0, 1, 2, 3]
-    assert told.evaluations.total == 8 * (3 + 6 * 6 + 3)
+    assert told.evaluations.total == 8 * (3 + 6 * 6 + 3 + 3)
     assert told.seconds is not None
     assert told.seconds.rollout == pytest.approx(8 * 39 / 5)
     text = "\n".join(explaining.lines(told))

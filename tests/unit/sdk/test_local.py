@@ -14,12 +14,13 @@ import pytest
 
 from tempflow import local
 from tempflow.manifest import Manifest, read
+from tempflow.record import Record
 from tempflow.refused import Refused
 from tempflow_api.errors import ExitCode, ManifestInvalid, StoreUnavailable
 from tempflow_api.record import Evaluation, Metrics
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
-from tests.records import make_metrics
+from tests.records import make_evaluation, make_metrics
 from tests.unit.sdk.manifests import write
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
@@ -354,3 +355,18 @@ class TestRefusals:
         (folder / "MANIFEST.json").write_text("{}")
         with pytest.raises(Refused, match="holds checkpoints of an earlier run"):
             local.refuse_if_begun(manifest.job, runs)
+
+
+def test_what_the_guard_found_is_told(tmp_path: Path) -> None:
+    found = {"alarms": ["steps are too long"]}
+    lines = {
+        "metrics.jsonl": make_metrics(3, 0.5).model_copy(update=found),
+        "evaluations.jsonl": make_evaluation(3, 0.5).model_copy(update=found),
+    }
+    (tmp_path / "record").mkdir()
+    for name, line in lines.items():
+        (tmp_path / "record" / name).write_text(line.model_dump_json(by_alias=True) + "\n")
+    listener = Listener()
+    local._telling(Record(tmp_path), listener)()
+    alarm = "alarm after epoch 3: steps are too long"
+    assert listener.events == ["epoch 3", alarm, "evaluation 3", alarm]

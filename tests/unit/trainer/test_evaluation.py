@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tempflow_trainer.data import Prompt
+from tempflow_trainer.data import Prompt, load_prompts
 from tempflow_trainer.evaluation import Evaluator, diversity, write_grid
-from tempflow_trainer.main import evaluator_of
+from tempflow_trainer.main import build_run, evaluator_of
+from tempflow_trainer.models import families
 from tempflow_trainer.rewards.base import Reward, Term
 from tests.numerics.toys import Brightness, prompts_of, run_of, spec_of
+from tests.unit.trainer.family_cases import ALONE, CPU, SD3
 
 law = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -142,3 +144,27 @@ def test_a_grid_replaces_the_one_before(tmp_path: Path) -> None:
     for value in (0, 255):
         write_grid(torch.full((1, 1, 3, 56, 56), value, dtype=torch.uint8), [""], file)
     assert Image.open(file).convert("RGB").getpixel((130, 10)) == (255, 255, 255)
+
+
+def test_an_evaluation_has_its_own_size_and_guidance(tmp_path: Path) -> None:
+    """Twice the rows for guidance, counted with the run's; other images; the size that is asked."""
+    spec = SD3.spec(tmp_path)
+    plain = spec.evaluation.model_copy(update={"steps": 2, "prompts": 1, "images_per_prompt": 1})
+
+    def drawn(**changes: object) -> tuple[torch.Tensor, int]:
+        asked = plain.model_copy(update=changes)
+        job = spec.model_copy(update={"evaluation": asked})
+        model = families.load(job.model, cache=tmp_path, device=CPU)
+        run = build_run(job, model, load_prompts(job), ALONE, CPU, lambda: False)
+        images = evaluator_of(job, run, load_prompts(job)).run().images_PM3HW
+        return images, run.policy.evaluations["evaluation"]
+
+    as_trained, rows = drawn()
+    assert (as_trained.shape[-2:], rows) == ((16, 32), 4)
+    same, _ = drawn(guidance_scale=spec.sampling.guidance_scale)
+    assert torch.equal(same, as_trained)
+    unguided, rows = drawn(guidance_scale=1.0)
+    assert rows == 2
+    assert not torch.equal(unguided, as_trained)
+    larger, _ = drawn(width=48, height=32)
+    assert larger.shape[-2:] == (32, 48)

@@ -10,7 +10,7 @@ from tempflow_api import naming
 from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
-from tempflow_trainer.launch import Rendezvous, how_it_ended, read_job
+from tempflow_trainer.launch import Rendezvous, how_it_ended, last_commit, read_job
 from tempflow_trainer.progress import ProgressServer
 from tests.numerics.toys import spec_of
 
@@ -181,3 +181,39 @@ def test_the_progress_record_is_served_whole_and_nothing_else() -> None:
     assert status == 200
     assert Progress.model_validate_json(body) == told
     assert answer("/")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, 3),
+        ({"runId": "team/other"}, None),
+        ({"attempt": 1}, None),
+        ({"checkpointEpoch": None}, None),
+        ({"epoch": "x"}, None),
+    ],
+)
+def test_only_a_commit_of_this_very_attempt_is_told(
+    tmp_path: Path, changes: dict[str, object], told: int | None
+) -> None:
+    record = {
+        "epoch": 4,
+        "epochs": 9,
+        "phase": "rollout",
+        "attempt": 2,
+        "runId": "team/demo",
+        "checkpointEpoch": 3,
+        "checkpointUri": "s3://b/3",
+        "time": "2026-01-31T12:00:00Z",
+        **changes,
+    }
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record/progress.json").write_text(json.dumps(record))
+    environment = {
+        naming.ENV_WORK_DIR: str(tmp_path),
+        naming.ENV_ATTEMPT: "2",
+        naming.ENV_RUN_ID: "team/demo",
+    }
+    words = last_commit(environment)
+    assert (words.checkpoint_epoch if words else None) == told
+    assert last_commit({**environment, naming.ENV_WORK_DIR: str(tmp_path / "none")}) is None

@@ -3,7 +3,7 @@
 No model is needed: what a run will do can be told before it starts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -37,6 +37,12 @@ class Exploration:
             landings=landings,
             tail=Tail(**self.sampling.tail.model_dump()),
         )
+
+    def trajectory(self, epoch: int) -> BranchPlan:
+        """One draw through all stochastic steps of the epoch, but those that it jumps over."""
+        plan = self.plan(epoch)
+        steps, landings = _without_jumped_over(plan.steps, plan.landings)
+        return replace(plan, steps=steps, landings=landings, draws=1, trunk_follows_draw=True)
 
     def transitions(self, plan: BranchPlan) -> Transitions:
         """The stochastic steps of a plan."""

@@ -8,6 +8,7 @@ attention takes another path, with memory for every pair of tokens.
 """
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ TEXT: Mapping[str, Callable[[Any, int], Shapes]] = {
     "sd3": _sd3_text,
     "flux": _flux_text,
     "qwen-image": _qwen_text,
+    "flux2-klein": _qwen_text,
 }
 
 
@@ -126,7 +128,7 @@ def skeleton(model: Model) -> Skeleton:
         ) from error
     module, _, name = families.FAMILIES[model.family].partition(":")
     adapter = getattr(importlib.import_module(module), name)
-    pipeline = _pipeline(json.loads((folder / INDEX).read_text())["_class_name"], parts)
+    pipeline = _pipeline(json.loads((folder / INDEX).read_text()), parts)
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
     config = parts["transformer"].config
     return Skeleton(
@@ -184,13 +186,14 @@ def _transformers_part(kind: str, folder: Path) -> Any:
         return getattr(transformers, kind)(config)
 
 
-def _pipeline(kind: str, parts: dict[str, Any]) -> Any:
+def _pipeline(index: dict[str, Any], parts: dict[str, Any]) -> Any:
     """The pipeline of the adapter; it needs no tokenizer to draw."""
-    names = ("tokenizer", "tokenizer_2", "tokenizer_3", "image_encoder", "feature_extractor")
-    known = getattr(diffusers, kind)
-    accepted = known.__init__.__annotations__
-    absent = {name: None for name in names if name in accepted}
-    return known(**parts, **absent)
+    known = getattr(diffusers, index["_class_name"])
+    accepted = inspect.signature(known.__init__).parameters
+    # Parts are pairs of library and class; the rest are settings.
+    settings = {n: v for n, v in index.items() if n in accepted and not isinstance(v, list)}
+    absent = {n: None for n in accepted if n.startswith("tokenizer")}
+    return known(**parts, **settings, **absent)
 
 
 def _configurations(model: Model) -> Path:

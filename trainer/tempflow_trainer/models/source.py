@@ -1,8 +1,6 @@
 """Where a model's files are: a folder, an object store, or the Hugging Face hub."""
 
 import json
-import os
-import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from safetensors import SafetensorError
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
+from tempflow_trainer.models.download import fetch
 
 BUILTIN = "builtin:"
 INDEX = "model_index.json"
@@ -166,37 +165,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fetch(source: str, cache: Path) -> Path:
-    target = cache / source.removeprefix("s3://").strip("/").replace("/", "--")
-    if target.is_dir():
-        return target
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         filesystem, prefix = fsspec.url_to_fs(
             source, use_listings_cache=False, skip_instance_cache=True
         )
-        found = filesystem.find(prefix)
-        for key in found:
-            file = partial / key.removeprefix(prefix).lstrip("/")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(key, str(file))
+        return fetch(filesystem, source, prefix, cache)
     except FileNotFoundError as error:
         raise ModelUnavailable(f"spec.model.source: there is nothing at {source}") from error
     except (OSError, BotoCoreError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ModelUnavailable(
             f"spec.model.source: {source} cannot be read: {_one_line(error)}"
         ) from error
-    if not found:
-        raise ModelUnavailable(f"spec.model.source: there is nothing at {source}")
-    _move(partial, target)
-    return target
-
-
-def _move(partial: Path, target: Path) -> None:
-    """Another rank on this machine may have been quicker; both have the same files."""
-    try:
-        partial.rename(target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not target.is_dir():
-            raise ModelUnavailable(f"cannot write {target}: {error.strerror}") from error

@@ -19,7 +19,7 @@ from tempflow_operator.decisions.failure import (
 from tempflow_operator.settings import Timing
 from tests.builders import GangBuilder, PodBuilder, make_gang, make_pod, seen
 
-PERMANENT_CLASS, RETRIABLE, DISRUPTION = FailureClass
+PERMANENT_CLASS, RETRIABLE, PREFLIGHT, DISRUPTION = FailureClass
 
 
 def ending(gang: GangBuilder, *pods: PodBuilder) -> Ending:

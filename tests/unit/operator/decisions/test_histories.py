@@ -16,7 +16,7 @@ from tempflow_api.status import JobStatus
 from tempflow_operator import settings as configuration
 from tempflow_operator.decisions import plan
 from tempflow_operator.decisions.observed import Snapshot, snapshot, training_job
-from tempflow_operator.decisions.plan import Action, Create
+from tempflow_operator.decisions.plan import Action, Create, Delete
 from tempflow_operator.decisions.status import next_status, stored_form
 from tempflow_operator.reconcile import decide
 from tests.builders import T0, UID, Raw, at, make_gang, make_job, make_pod
@@ -35,6 +35,8 @@ class World:
         self.gangs: dict[str, Raw] = {}
         self.pods: dict[str, Raw] = {}
         self.parts: dict[tuple[str, str], Raw] = {}
+        self.used: set[int] = set()
+        """Numbers under which a trainer may have run: its pods need Job and ConfigMap."""
         self.lost: set[str] = set()
         """Pods on a node that is gone: nothing ever changes about them."""
 
@@ -45,8 +47,7 @@ class World:
             UID,
             jobs=self.gangs.values(),
             pods=self.pods.values(),
-            services=services,
-            config_maps=maps,
+            parts={"Service": services, "ConfigMap": maps},
         )
 
     def execute(self, action: Action) -> None:
@@ -59,9 +60,12 @@ class World:
                 assert number > known, "no attempt that status knows is started again"
                 assert action.name not in self.gangs
                 manifest["status"] = {}
+                assert number not in self.used, "a number under which something ran is used up"
                 self.gangs[action.name] = manifest
             else:
                 self.parts[action.kind, action.name] = manifest
+            if action.kind == "ConfigMap":
+                self.used.add(int(manifest["metadata"]["labels"]["tempflow.dev/attempt"]))
         elif action.kind == "Job":
             self.gangs[action.name]["metadata"]["deletionTimestamp"] = at(0)
         else:
@@ -116,6 +120,13 @@ class World:
             elif pod["status"]["phase"] == "Pending":
                 make_pod().with_raw(pod).running()
 
+    def kill_overdue(self) -> None:
+        """No kubelet lets a pod live on after its grace period."""
+        for name, pod in list(self.pods.items()):
+            stop_by = pod["metadata"].get("deletionTimestamp", at(self.now + 1))
+            if name not in self.lost and stop_by <= at(self.now):
+                del self.pods[name]
+
     def live_attempts(self) -> set[int]:
         """Attempts that may still run: on lost nodes nobody knows, the store's fence holds."""
         pods = [pod for name, pod in self.pods.items() if name not in self.lost]
@@ -151,7 +162,14 @@ class Histories(RuleBasedStateMachine):
             accounts = decision.intended
             released = plan.released(accounts, seen, now, SETTINGS.timing)
             status = next_status(
-                job, seen, accounts, reading=None, obstacle=None, released=released, now=now
+                job,
+                seen,
+                accounts,
+                reading=None,
+                words=None,
+                obstacle=None,
+                released=released,
+                now=now,
             )
             world.job["status"], self.status = stored_form(status), status
         return decision.actions
@@ -169,7 +187,10 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def operator_twice(self) -> None:
         self.one_pass()
-        assert self.one_pass() == [], "a second pass has nothing to do"
+        # What proves that a number is used goes when status knows the number.
+        left = self.one_pass()
+        assert all(isinstance(a, Delete) and a.kind == "ConfigMap" for a in left)
+        assert self.one_pass() == [], "a further pass has nothing to do"
         settled = dict(self.world.job["status"])
         assert self.one_pass() == []
         assert self.world.job["status"] == settled, "and nothing to write"
@@ -192,9 +213,8 @@ class Histories(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 10, 60, 400]))
     def time_passes(self, seconds: int) -> None:
-        if seconds > GRACE:  # kubelets have killed what should have stopped
-            self.world.kubelets()
         self.world.now += seconds
+        self.world.kill_overdue()
 
     def a_pod(self, draw: Any, phase: str) -> Raw | None:
         pods = [

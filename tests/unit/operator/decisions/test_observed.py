@@ -123,7 +123,7 @@ class TestAdoption:
         assert seen(make_gang(owned_by="old")).gangs == ()
         part = make_part()
         part["metadata"]["ownerReferences"] = owner("old", "TempFlowGRPOJob")
-        assert snapshot(UID, services=[part], config_maps=[part]).parts == ()
+        assert snapshot(UID, parts={"Service": [part]}).parts == ()
 
 
 class TestInstants:

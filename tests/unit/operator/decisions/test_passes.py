@@ -5,96 +5,28 @@ from dataclasses import replace
 
 import pytest
 
-from tempflow_api.conditions import ConditionType, Reason, find, is_true
-from tempflow_api.status import JobStatus, Progress
+from tempflow_api.conditions import ConditionType, Reason, is_true
 from tempflow_operator import settings as configuration
-from tempflow_operator.decisions import plan
-from tempflow_operator.decisions.plan import Action, Create, Delete
-from tempflow_operator.decisions.status import Obstacle, Reading, next_status, stored_form
-from tempflow_operator.reconcile import decide
+from tempflow_operator.decisions.plan import Create, Delete
+from tempflow_operator.decisions.status import Obstacle, Reading
 from tests.builders import (
-    T0,
     UID,
-    GangBuilder,
     JobBuilder,
     PodBuilder,
     at,
     make_gang,
     make_job,
     make_pod,
-    seen,
 )
-
-SETTINGS = configuration.Settings()
-START = [("Create", "Service"), ("Create", "ConfigMap"), ("Create", "Job")]
-
-
-class Story:
-    """One job; ``look`` is a pass over what is given, with the status of the pass before."""
-
-    def __init__(self, job: JobBuilder, settings: configuration.Settings = SETTINGS) -> None:
-        self.job = job
-        self.settings = settings
-        self.status = JobStatus()
-        self.again_in: float | None = None
-
-    def look(
-        self,
-        *things: GangBuilder | PodBuilder,
-        seconds: float = 0,
-        parts: tuple[int, ...] = (),
-        reading: Reading | None = None,
-        obstacle: Obstacle | None = None,
-    ) -> list[Action]:
-        job, snapshot, now = self.job.typed(), seen(*things, parts=parts), T0 + seconds
-        decision = decide(job, snapshot, now, self.settings)
-        accounts = decision.intended if obstacle is None else decision.accounts
-        self.status = next_status(
-            job,
-            snapshot,
-            accounts,
-            reading=reading,
-            obstacle=obstacle,
-            released=plan.released(accounts, snapshot, now, self.settings.timing),
-            now=now,
-        )
-        self.job.with_status(stored_form(self.status))
-        due = plan.look_again_at(job, snapshot, accounts, now, self.settings.timing)
-        self.again_in = None if due is None else due - now
-        return decision.actions
-
-    def reason(self, kind: ConditionType) -> str:
-        condition = find(self.status.conditions, kind)
-        assert condition is not None
-        return condition.reason
-
-    def message(self, kind: ConditionType) -> str:
-        condition = find(self.status.conditions, kind)
-        assert condition is not None
-        return condition.message
-
-    @property
-    def running(self) -> str:
-        return self.reason(ConditionType.RUNNING)
-
-    @property
-    def phase(self) -> str:
-        return self.status.phase
-
-    @property
-    def finished(self) -> bool:
-        return is_true(self.status.conditions, ConditionType.FINISHED)
-
-
-def kinds(actions: list[Action]) -> list[tuple[str, str]]:
-    return [(type(action).__name__, action.kind) for action in actions]
-
-
-def started(job: JobBuilder | None = None) -> Story:
-    """A story whose first attempt has begun."""
-    story = Story(job or make_job())
-    assert kinds(story.look()) == START
-    return story
+from tests.unit.operator.decisions.stories import (
+    SETTINGS,
+    START,
+    Story,
+    failed_gang,
+    kinds,
+    progress,
+    started,
+)
 
 
 class TestTheFirstPass:
@@ -102,7 +34,7 @@ class TestTheFirstPass:
         story = Story(make_job())
         actions = story.look()
         assert kinds(actions) == START
-        assert {action.name for action in actions} == {"demo-a1"}
+        assert [action.name for action in actions] == ["demo-a1", "demo-a1", "demo-a1-11111111"]
         assert (story.status.attempt, story.status.phase) == (1, "Starting")
 
     def test_sets_every_condition_with_its_generation(self) -> None:
@@ -121,7 +53,22 @@ class TestTheFirstPass:
 
     def test_goes_on_where_another_was_cut_off(self) -> None:
         story = Story(make_job())
-        assert kinds(story.look(parts=(1,))) == [("Create", "Job")]
+        actions = story.look(make_gang().started())
+        assert kinds(actions) == [("Create", "Service"), ("Create", "ConfigMap")]
+        assert story.status.attempt == 1
+
+    def test_takes_no_number_again_under_which_something_may_have_run(self) -> None:
+        """The status of the first pass is lost, and somebody deletes its Job."""
+        story = Story(make_job())
+        assert story.look(parts=(1,)) == [Delete("Service", "demo-a1", "part-1")]
+        assert story.status.attempts[0].outcome == "Disrupted"
+        actions = story.look(parts=(1,), seconds=10)
+        assert [action.name for action in actions if isinstance(action, Create)] == [
+            "demo-a2",
+            "demo-a2",
+            "demo-a2-11111111",
+        ]
+        assert Delete("ConfigMap", "demo-a1-11111111", "part-1") in actions
 
     def test_after_a_lost_status_adopts_the_gang(self) -> None:
         story = Story(make_job())
@@ -246,22 +193,6 @@ class TestSuccess:
         assert story.status.checkpoint.epoch == 2
 
 
-def progress(*, epoch: int = 1, attempt: int = 1, checkpoint: int | None = None) -> Progress:
-    return Progress(
-        epoch=epoch,
-        epochs=2,
-        phase="rollout",
-        attempt=attempt,
-        checkpoint_epoch=checkpoint,
-        checkpoint_uri=f"s3://bucket/{checkpoint}" if checkpoint is not None else None,
-        time=at(0),
-    )
-
-
-def failed_gang(attempt: int = 1, seconds: float = 100) -> GangBuilder:
-    return make_gang(attempt).started().failed(seconds)
-
-
 class TestFailure:
     def test_restarts_after_a_pause(self) -> None:
         story = started()
@@ -274,7 +205,7 @@ class TestFailure:
         assert story.look(failed_gang(), make_pod().failed(1), seconds=104) == []
         actions = story.look(failed_gang(), make_pod().failed(1), seconds=112)
         assert kinds(actions) == START
-        assert {action.name for action in actions} == {"demo-a2"}
+        assert {action.name for action in actions} == {"demo-a2", "demo-a2-11111111"}
 
     def test_waits_for_pods_that_still_stop(self) -> None:
         story = started()
@@ -293,6 +224,28 @@ class TestFailure:
         late = 220 + SETTINGS.timing.lost_node
         assert story.look(gang, lost, seconds=late - 1) == []
         assert kinds(story.look(gang, lost, seconds=late)) == START
+
+    def test_does_not_wait_for_a_job_controller_that_waits_for_a_lost_node(self) -> None:
+        """The pod was the only one: nothing has failed, and nobody can say that it is dead."""
+        story = started()
+        gang = make_gang().started()
+        lost = make_pod().running().disrupted("DeletionByTaintManager").deleting(220)
+        late = 220 + SETTINGS.timing.lost_node
+        story.look(gang, lost, parts=(1,), seconds=late - 1)
+        assert (story.status.attempt, story.again_in) == (1, 1)
+        actions = story.look(gang, lost, parts=(1,), seconds=late)
+        assert Delete("Job", "demo-a1", "gang-1") in actions
+        assert story.status.attempts[0].outcome == "Disrupted"
+        failure = story.status.attempts[0].failure
+        assert failure is not None
+        assert (failure.node, failure.reason) == ("node-1", "DeletionByTaintManager")
+        actions = story.look(gang.deleting(), lost, seconds=late + 10)
+        assert {action.name for action in actions} == {"demo-a2", "demo-a2-11111111"}
+
+    def test_a_queue_that_takes_pods_back_may_take_its_time(self) -> None:
+        story = started()
+        story.look(make_gang().queued(), make_pod().running().deleting(20), seconds=10_000)
+        assert story.status.attempts[0].outcome == "Active"
 
     def test_ends_the_job_when_restarts_are_used_up(self) -> None:
         story = started(make_job().max_restarts(0))
@@ -443,7 +396,7 @@ class TestObstacles:
     def test_parts_that_somebody_deleted_are_made_again(self) -> None:
         story = started()
         actions = story.look(make_gang().started(), make_pod().running(), seconds=5)
-        assert kinds(actions) == START[:2]
+        assert kinds(actions) == [START[0], START[2]]
 
     def test_a_changed_operator_does_not_end_what_runs(self) -> None:
         """The image that a running job took from the operator's default is the default no more."""

@@ -1,5 +1,6 @@
 """The objects of an attempt: a golden file, and the properties that matter whatever the job."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,18 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempflow_api import naming
-from tempflow_api.errors import ASKED_TO_STOP, PERMANENT
+from tempflow_api.errors import ASKED_TO_STOP, PERMANENT, ExitCode
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 from tempflow_operator import desired
+from tempflow_operator.desired.overrides import merged
 from tempflow_operator.desired.quantities import total_bytes
-from tempflow_operator.settings import Pods
+from tempflow_operator.settings import GANG_SCHEDULERS, Pods
 from tests.builders import UID, JobBuilder, Raw, make_job
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = Pods(image="default:1")
 
 
-def objects(job: JobBuilder | None = None, *, number: int = 2) -> dict[str, Raw]:
+def objects(
+    job: JobBuilder | None = None, *, number: int = 2, settings: Pods = SETTINGS
+) -> dict[str, Raw]:
     """By kind."""
     raw = (job or make_job()).build()
     attempt = desired.AttemptOf(
@@ -30,7 +34,7 @@ def objects(job: JobBuilder | None = None, *, number: int = 2) -> dict[str, Raw]
         spec=(job or make_job()).spec_only(),
         number=number,
     )
-    return {thing["kind"]: thing for thing in desired.objects(attempt, SETTINGS)}
+    return {thing["kind"]: thing for thing in desired.objects(attempt, settings)}
 
 
 def pod(job: JobBuilder | None = None) -> Raw:
@@ -61,7 +65,50 @@ FULL = (
 )
 
 
-@pytest.mark.parametrize(("name", "job"), [("small", make_job()), ("full", FULL)])
+ASKING = (
+    make_job()
+    .nodes(2)
+    .spec("compute.gpuResource", "nvidia.com/mig-1g.10gb")
+    .spec("compute.gpusPerProcess", 2)
+    .spec("compute.extendedResources", {"rdma/ib": 8})
+    .spec("compute.network", {"preset": "ib", "interface": "eth1", "policy": True})
+    .spec("checkpoint.endpointUrl", "http://store:8333")
+    .spec("modelCache.persistentVolumeClaim", "models")
+    .spec("runPolicy.queue", "research")
+    .spec(
+        "compute.podTemplate",
+        {
+            "labels": {"team": "vision"},
+            "annotations": {"example.com/note": "x"},
+            "nodeSelector": {"gpu": "h100"},
+            "nodeRequirements": [
+                {"key": "zone", "operator": "NotIn", "values": ["b"]},
+                {"key": "fast", "operator": "Exists"},
+            ],
+            "sameDomain": "example.com/rack",
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+            "priorityClassName": "research",
+            "serviceAccountName": "store-reader",
+            "runtimeClassName": "nvidia",
+            "imagePullSecrets": ["registry"],
+            "env": [
+                {"name": "NCCL_DEBUG", "value": "INFO"},
+                {"name": "HF_HUB_OFFLINE", "value": "1"},
+            ],
+            "volumes": [
+                {"name": "job", "mountPath": "/data", "persistentVolumeClaim": "prompts"},
+                {"name": "ca", "mountPath": "/etc/ca", "configMap": "ca"},
+                {"name": "key", "mountPath": "/etc/key", "secret": "key"},
+                {"name": "big", "mountPath": "/big", "emptyDir": "9Gi", "readOnly": False},
+            ],
+        },
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "job"), [("small", make_job()), ("full", FULL), ("asking", ASKING)]
+)
 def test_golden(name: str, job: JobBuilder) -> None:
     """After an intended change, delete the file and run the test: it is written anew."""
     file = GOLDEN / f"{name}.yaml"
@@ -72,14 +119,22 @@ def test_golden(name: str, job: JobBuilder) -> None:
     assert list(yaml.safe_load_all(file.read_text())) == list(objects(job).values())
 
 
+@pytest.mark.parametrize("version", ["1.31", "1.34", "1.37"])
+@pytest.mark.parametrize("job", [make_job(), FULL, ASKING], ids=["small", "full", "asking"])
+def test_objects_fit_kubernetes_own_schemas(job: JobBuilder, version: str) -> None:
+    checker = importlib.import_module("kubernetes_validate")
+    for thing in objects(job).values():
+        checker.validate(thing, version, strict=True)
+
+
 class TestEveryObject:
-    def test_what_pods_need_comes_before_them(self) -> None:
-        assert list(objects()) == ["Service", "ConfigMap", "Job"]
+    def test_the_receipt_comes_last(self) -> None:
+        assert list(objects()) == ["Service", "Job", "ConfigMap"]
 
     @pytest.mark.parametrize("kind", ["Service", "ConfigMap", "Job"])
     def test_belongs_to_the_job_and_says_to_which_attempt(self, kind: str) -> None:
         metadata = objects()[kind]["metadata"]
-        assert metadata["name"] == "demo-a2"
+        assert metadata["name"] == ("demo-a2-11111111" if kind == "ConfigMap" else "demo-a2")
         (owner,) = metadata["ownerReferences"]
         assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == (UID, True, True)
         assert metadata["labels"][naming.LABEL_JOB_NAME] == "demo"
@@ -146,7 +201,7 @@ class TestGang:
         rules = objects()["Job"]["spec"]["podFailurePolicy"]["rules"]
         assert {rule["action"] for rule in rules} == {"FailJob"}
         codes = [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule]
-        assert codes == [sorted(PERMANENT), sorted(ASKED_TO_STOP)]
+        assert codes == [sorted([*PERMANENT, ExitCode.PREFLIGHT]), sorted(ASKED_TO_STOP)]
         assert 0 not in codes[0] + codes[1]  # the API server refuses it
         assert rules[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
 
@@ -225,3 +280,160 @@ class TestQuantities:
     @given(st.integers(0, 10**6), st.sampled_from(["", "k", "Mi", "Gi"]))
     def test_a_limit_is_never_below_its_request(self, number: int, unit: str) -> None:
         assert total_bytes(f"{number}{unit}", "64Mi") == total_bytes(f"{number}{unit}") + 2**26
+
+
+@pytest.mark.parametrize("scheduler", [name for name in GANG_SCHEDULERS if name])
+def test_golden_of_gang_schedulers(scheduler: str) -> None:
+    found = objects(make_job().nodes(2), settings=Pods(image="default:1", gang_scheduler=scheduler))
+    template = found["Job"]["spec"]["template"]
+    told = {
+        "group": found["PodGroup"],
+        "metadata": template["metadata"],
+        "schedulerName": template["spec"]["schedulerName"],
+    }
+    file = GOLDEN / f"gang-{scheduler}.yaml"
+    if not file.exists():
+        file.write_text(yaml.safe_dump(told, sort_keys=False))
+    assert yaml.safe_load(file.read_text()) == told
+    assert list(found).index("PodGroup") < list(found).index("Job")
+
+
+class TestWhatAJobAsksOfItsPods:
+    def test_nothing_is_asked_by_default(self) -> None:
+        """A job without any of it has the pods that it always had."""
+        assert "NetworkPolicy" not in objects()
+        assert not {"nodeSelector", "affinity", "schedulerName", "priorityClassName"} & set(pod())
+        assert not [name for name in environment() if name.startswith(("NCCL", "HF_"))]
+        assert "suspend" not in objects()["Job"]["spec"]
+
+    def test_what_the_operator_needs_stays(self) -> None:
+        plain, asking = objects(make_job().nodes(2)), objects(ASKING)
+        before, after = (o["Job"]["spec"]["template"] for o in (plain, asking))
+        assert before["metadata"]["labels"].items() <= after["metadata"]["labels"].items()
+        for list_, key in (("volumes", "name"), ("tolerations", "key")):
+            kept = {entry[key]: entry for entry in after["spec"][list_]}
+            assert all(kept[entry[key]] == entry for entry in before["spec"][list_])
+        assert {m["mountPath"] for m in container()["volumeMounts"]} < {
+            m["mountPath"] for m in container(ASKING)["volumeMounts"]
+        }
+        assert environment().items() <= environment(ASKING).items()
+        assert pod(ASKING)["automountServiceAccountToken"] is False
+
+    def test_a_variable_of_the_job_overrides_the_presets(self) -> None:
+        names = [entry["name"] for entry in container(ASKING)["env"]]
+        assert names.count("NCCL_DEBUG") == 1
+        assert environment(ASKING)["NCCL_DEBUG"] == "INFO"
+
+    @pytest.mark.parametrize(
+        ("device", "fields", "expected"),
+        [
+            ("cuda", {}, {"nvidia.com/gpu": "2"}),
+            ("cpu", {}, {}),
+            ("cpu", {"gpusPerProcess": 1}, {"nvidia.com/gpu": "2"}),
+            (
+                "cuda",
+                {
+                    "gpuResource": "amd.com/gpu",
+                    "gpusPerProcess": 2,
+                    "extendedResources": {"a/b": 3},
+                },
+                {"amd.com/gpu": "4", "a/b": "3"},
+            ),
+        ],
+    )
+    def test_devices(
+        self, device: str, fields: dict[str, object], expected: dict[str, str]
+    ) -> None:
+        job = make_job().spec("compute.device", device).spec("compute.processesPerNode", 2)
+        for name, value in fields.items():
+            job.spec(f"compute.{name}", value)
+        resources = container(job)["resources"]
+        assert resources["limits"] == resources["requests"] == expected
+
+    @pytest.mark.parametrize(
+        ("network", "expected"),
+        [
+            ({}, {}),
+            ({"preset": "tcp"}, {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"}),
+            ({"preset": "ib"}, {"NCCL_NET": "IB"}),
+            ({"preset": "efa"}, {"FI_PROVIDER": "efa"}),
+            ({"interface": "eth0,eth1"}, {"NCCL_SOCKET_IFNAME": "eth0,eth1"}),
+            ({"interface": "eth0,eth1"}, {"GLOO_SOCKET_IFNAME": "eth0"}),
+        ],
+    )
+    def test_network(self, network: dict[str, object], expected: dict[str, str]) -> None:
+        assert expected.items() <= environment(make_job().spec("compute.network", network)).items()
+
+    def test_an_excluded_interface_says_nothing_to_gloo(self) -> None:
+        job = make_job().spec("compute.network", {"interface": "^lo"})
+        assert "GLOO_SOCKET_IFNAME" not in environment(job)
+
+    @pytest.mark.parametrize(
+        ("endpoint", "ports"),
+        [
+            (None, [443]),
+            ("https://store", [443]),
+            ("http://store", [80, 443]),
+            ("http://store:8333", [443, 8333]),
+        ],
+    )
+    def test_the_policy_lets_the_store_be_reached(
+        self, endpoint: str | None, ports: list[int]
+    ) -> None:
+        job = make_job().spec("compute.network", {"policy": True})
+        policy = objects(job.spec("checkpoint.endpointUrl", endpoint))["NetworkPolicy"]
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= (
+            objects(job)["Job"]["spec"]["template"]["metadata"]["labels"].items()
+        )
+        allowed = [rule["ports"] for rule in policy["spec"]["egress"] if "to" not in rule]
+        assert [entry["port"] for entry in allowed[1]] == ports
+
+    @pytest.mark.parametrize(
+        ("cache", "volume"),
+        [
+            ({"hostPath": "/cache"}, {"hostPath": {"path": "/cache", "type": "Directory"}}),
+            ({"emptyDir": "9Gi"}, {"emptyDir": {"sizeLimit": "9Gi"}}),
+            ({"persistentVolumeClaim": "m"}, {"persistentVolumeClaim": {"claimName": "m"}}),
+        ],
+    )
+    def test_the_model_cache(self, cache: dict[str, str], volume: Raw) -> None:
+        job = make_job().spec("modelCache", cache)
+        assert {"name": "models", **volume} in pod(job)["volumes"]
+        (mount,) = [m for m in container(job)["volumeMounts"] if m["name"] == "models"]
+        assert mount["mountPath"] == environment(job)[naming.ENV_MODEL_CACHE]
+        assert environment(job)["HF_HOME"].startswith(f"{mount['mountPath']}/")
+        assert naming.ENV_MODEL_CACHE not in environment()
+
+    def test_a_queue_admits_the_job(self) -> None:
+        job = objects(make_job().spec("runPolicy.queue", "research"))["Job"]
+        assert job["spec"]["suspend"] is True
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+        codes = [rule.get("onExitCodes") for rule in job["spec"]["podFailurePolicy"]["rules"]]
+        assert len(codes) == 2  # being asked to stop by the queue fails nothing
+
+
+Tree = st.recursive(
+    st.integers() | st.text(max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+class TestMerge:
+    @given(Tree)
+    def test_with_itself_or_nothing_changes_nothing(self, tree: object) -> None:
+        assert merged(tree, tree) == tree
+        if isinstance(tree, dict):
+            assert merged(tree, {}) == merged({}, tree) == tree
+
+    @given(Tree, Tree)
+    def test_the_patch_is_in_the_result(self, base: object, patch: object) -> None:
+        result = merged(base, patch)
+        assert merged(result, patch) == result
+
+    def test_lists_go_by_name(self) -> None:
+        base = {"env": [{"name": "a", "value": "1"}, {"name": "b", "value": "2"}]}
+        patch = {"env": [{"name": "b", "value": "3"}, {"name": "c", "value": "4"}]}
+        values = {e["name"]: e["value"] for e in merged(base, patch)["env"]}
+        assert values == {"a": "1", "b": "3", "c": "4"}
+        assert merged({"args": [1]}, {"args": [2]}) == {"args": [1, 2]}

@@ -1,0 +1,231 @@
+"""The API server's own verdict on the resource definition, and on what the operator creates."""
+
+import copy
+import json
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tempflow_api import crd, naming
+from tempflow_api.rules import RULES, Mutability, mutability_of
+from tempflow_operator import desired
+from tempflow_operator.settings import Pods
+from tests.builders import make_job
+from tests.cluster.bare import Bare
+from tests.cluster.kubectl import JsonObject
+from tests.unit.api.rule_breakers import BREAKERS, VALID, Breaker, rule_of
+from tests.unit.operator.desired.test_objects import ASKING
+
+pytestmark = pytest.mark.cluster
+
+Raw = dict[str, Any]
+
+
+class Api:
+    """Requests to the API server that are refused or taken, without an object for each."""
+
+    def __init__(self, server: Bare) -> None:
+        self._server = server
+        self._tls = ssl.create_default_context()
+        self._tls.check_hostname = False
+        self._tls.verify_mode = ssl.CERT_NONE  # its own certificate, on loopback
+
+    def send(self, method: str, path: str, body: Raw) -> tuple[int, JsonObject]:
+        request = urllib.request.Request(
+            self._server.url + path,
+            data=json.dumps(body).encode(),
+            method=method,
+            headers={
+                "Authorization": f"Bearer {self._server.token}",
+                "Content-Type": "application/json",
+            },
+        )
+        try:
+            with urllib.request.urlopen(request, context=self._tls, timeout=30) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+JOBS = f"/apis/{naming.API_VERSION}/namespaces/default/{naming.PLURAL}"
+
+
+@pytest.fixture(scope="module")
+def api(bare_server: Bare) -> Api:
+    return Api(bare_server)
+
+
+def leaves(node: Raw, path: str = "") -> Iterator[tuple[str, Raw]]:
+    """Every field that has no fields of its own, with its schema."""
+    for name, child in node["properties"].items():
+        if "properties" in child:
+            yield from leaves(child, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", child
+
+
+LEAVES = dict(leaves(crd.spec_schema()))
+# Another value that the schema and the rules take, where the first that fits the type does not.
+OTHER: dict[str, object] = {
+    "algorithm.advantage.scope": "prompt",
+    "algorithm.branchSteps": [0],
+    "algorithm.method": None,  # takes three fields at once
+    "algorithm.promptsPerEpoch": 8,
+    "algorithm.updatesPerEpoch": 2,
+    "checkpoint.endpointUrl": "https://other",
+    "checkpoint.uri": "s3://other/runs",
+    "compute.extendedResources": {"rdma/ib": 1},
+    "compute.gpuResource": "amd.com/gpu",
+    "compute.network.interface": "eth7",
+    "compute.podTemplate.env": [{"name": "A", "value": "b"}],
+    "compute.podTemplate.labels": {"a": "b"},
+    "compute.podTemplate.annotations": {"a": "b"},
+    "compute.podTemplate.nodeSelector": {"a": "b"},
+    "compute.podTemplate.nodeRequirements": [{"key": "a", "operator": "Exists"}],
+    "compute.podTemplate.tolerations": [{"operator": "Exists"}],
+    "compute.podTemplate.volumes": [{"name": "a", "mountPath": "/a", "emptyDir": "1Gi"}],
+    "data.prompts": ["a six"],
+    "data.promptsFile": None,  # excludes prompts
+    "managedBy": "example.com/other",
+    "model.family": None,  # the picture's size and the source go with it
+    "model.source": "s3://bucket/digits",
+    "model.tuning": None,  # lora goes with it
+    "modelCache.hostPath": "/models",
+    "rewards": [{"name": "digit-contrast"}],
+    "sampling.height": None,  # digits have one size
+    "sampling.width": None,
+}
+
+
+NOT_HERE = {
+    "runPolicy.suspend": "it decides on the others",
+    "compute.tiledDecode": "the digits family has no autoencoder to decode with",
+}
+
+
+def another(path: str, schema: Raw, old: object) -> object:
+    """A value that the field does not have."""
+    if path in OTHER:
+        return OTHER[path]
+    if "enum" in schema:
+        return next(value for value in schema["enum"] if value != old)
+    match schema["type"]:
+        case "boolean":
+            return not old
+        case "integer":
+            return (old if isinstance(old, int) else schema.get("minimum", 0)) + 1
+        case "number":
+            assert isinstance(old, int | float)
+            return old / 2 if old else 0.5
+        case "string":
+            return "2Gi" if "Mi|Gi" in schema.get("pattern", "") and old != "2Gi" else "3"
+        case "array":
+            return ["other"]
+    raise AssertionError(f"no other value for {path}: {schema}")
+
+
+def with_value(job: Raw, path: str, value: object) -> Raw:
+    changed = copy.deepcopy(job)
+    *sections, last = path.split(".")
+    block = changed["spec"]
+    for section in sections:
+        block = block.setdefault(section, {})
+    block[last] = value
+    return changed
+
+
+def value_of(job: Raw, path: str) -> object:
+    block: Any = job["spec"]
+    for section in path.split("."):
+        block = block.get(section, {}) if isinstance(block, dict) else {}
+    return None if block == {} else block
+
+
+@pytest.fixture(scope="module")
+def stored(api: Api) -> dict[bool, Raw]:
+    """A running and a suspended job, as the server has defaulted them."""
+    jobs = {}
+    for suspended in (False, True):
+        body = copy.deepcopy(VALID)
+        body["metadata"] = {"name": f"mutable-{suspended}".lower()}
+        body["spec"]["checkpoint"] = {"uri": "s3://bucket/runs"}
+        body["spec"]["runPolicy"] = {"suspend": suspended}
+        code, jobs[suspended] = api.send("POST", JOBS, body)
+        assert code == 201, jobs[suspended]
+    return jobs
+
+
+@pytest.mark.parametrize("path", [path for path in LEAVES if OTHER.get(path, "") is not None])
+def test_every_field_changes_when_it_may(api: Api, stored: dict[bool, Raw], path: str) -> None:
+    if path in NOT_HERE:
+        pytest.skip(NOT_HERE[path])
+    allowed = {
+        Mutability.MUTABLE: {False, True},
+        Mutability.WHILE_SUSPENDED: {True},
+        Mutability.IMMUTABLE: set[bool](),
+    }[mutability_of(f"spec.{path}")]
+    for suspended, job in stored.items():
+        changed = with_value(job, path, another(path, LEAVES[path], value_of(job, path)))
+        where = f"{JOBS}/{job['metadata']['name']}?dryRun=All"
+        code, answer = api.send("PUT", where, changed)
+        assert code == (200 if suspended in allowed else 422), (suspended, answer["message"])
+        if code == 422:
+            (cause,) = answer["details"]["causes"]
+            assert f"spec.{path}".startswith(cause["field"]), cause
+            assert cause["reason"] == "FieldValueForbidden"
+
+
+def test_what_cannot_change_alone_is_immutable() -> None:
+    alone = {path for path, value in OTHER.items() if value is None}
+    assert {mutability_of(f"spec.{path}") for path in alone} == {Mutability.IMMUTABLE}
+
+
+def test_a_valid_job_is_taken(api: Api) -> None:
+    assert api.send("POST", f"{JOBS}?dryRun=All", VALID)[0] == 201
+
+
+@pytest.mark.parametrize("breaker", BREAKERS, ids=lambda breaker: breaker.name)
+def test_every_rule_is_the_servers_too(api: Api, breaker: Breaker) -> None:
+    code, answer = api.send("POST", f"{JOBS}?dryRun=All", breaker.manifest())
+    assert code == 422, answer
+    assert rule_of(breaker).message in answer["message"]
+
+
+def test_every_rule_has_its_breaker() -> None:
+    assert {breaker.rule for breaker in BREAKERS} == set(range(len(RULES)))
+
+
+def test_a_long_job_is_taken(api: Api) -> None:
+    """All lists full: the server's limit on the cost of rules holds at run time, too."""
+    job = copy.deepcopy(VALID)
+    env = [{"name": f"V{number}", "value": "x" * 4000} for number in range(64)]
+    volumes = [
+        {"name": f"v{number}", "mountPath": f"/v{number}", "emptyDir": "1Gi"}
+        for number in range(16)
+    ]
+    labels = {f"l{number}": "x" for number in range(32)}
+    job["spec"]["compute"]["podTemplate"] = {"env": env, "volumes": volumes, "labels": labels}
+    code, answer = api.send("POST", f"{JOBS}?dryRun=All", job)
+    assert code == 201, answer
+
+
+def test_objects_of_an_attempt_are_taken_as_they_are(api: Api) -> None:
+    """No field is dropped or refused, however much a job asks for."""
+    places = {
+        "Service": "/api/v1/namespaces/default/services",
+        "ConfigMap": "/api/v1/namespaces/default/configmaps",
+        "Job": "/apis/batch/v1/namespaces/default/jobs",
+        "NetworkPolicy": "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies",
+    }
+    for job in (make_job(), ASKING):
+        attempt = desired.AttemptOf(
+            job="demo", namespace="default", uid="1" * 36, spec=job.spec_only(), number=1
+        )
+        for thing in desired.objects(attempt, Pods(image="trainer:1")):
+            where = f"{places[thing['kind']]}?dryRun=All&fieldValidation=Strict"
+            code, answer = api.send("POST", where, thing)
+            assert code == 201, answer

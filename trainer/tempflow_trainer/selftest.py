@@ -1,0 +1,198 @@
+"""Before the first epoch: the real model, at the run's shapes and precision, does what the loss
+takes for granted.
+
+A ratio is only a ratio if the same weights give the same log-probability, however many rows a call
+has. One start noise is walked, its draws are evaluated as the rollout does, as the update does and
+alone; its image is scored; and one optimizer step is taken and taken back. No generator, counter,
+weight or moment is different afterwards, to the last bit.
+"""
+
+import copy
+import hashlib
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tempflow_api.record import SelfTest
+from tempflow_api.v1alpha1 import JobSpec
+from tempflow_trainer import experience as ex
+from tempflow_trainer import seeds, sharding
+from tempflow_trainer.experience import Experience
+from tempflow_trainer.loop import Run
+from tempflow_trainer.metrics import now
+from tempflow_trainer.models.base import Conditioning, Policy
+from tempflow_trainer.rewards.base import Reward
+
+
+def configuration_of(spec: JobSpec) -> str:
+    """A digest of what the result depends on: the same one need not be tested again."""
+    said = spec.model_dump_json(by_alias=True, include={"model", "sampling", "rewards", "compute"})
+    text = f"{said}/{spec.algorithm.clip_range}/{spec.self_test}/{torch.__version__}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A start noise of this rank, walked: rows as an update sees them."""
+
+    rows: Experience
+    policy: Policy
+    conditioning: Conditioning
+    reward: float | None
+    """None where a score that is not required is missing."""
+
+
+def examine(run: Run, reward: Reward, spec: JobSpec) -> SelfTest:
+    """The report, the same on every rank; each rank tests its own device.
+
+    Raises:
+        RewardFailed: a scorer that fails, or whose score is not finite.
+    """
+    began = time.perf_counter()
+    probe = _walk(run, reward)
+    trained_BK = _by_training(run, probe)
+    rollout, alone = _by_rollout(run, probe, trained_BK), _alone(run, probe, trained_BK)
+    with_gradient, changed = _step(run, probe)
+    found = torch.tensor([rollout, alone], dtype=torch.float64)
+    worst = torch.stack(run.ranks.gather_rows(found)).amax(dim=0).tolist()
+    counts = torch.stack(run.ranks.gather_rows(torch.tensor([with_gradient, changed])))
+    # A rank that holds parts may have none of a small tensor.
+    reached, moved = (counts.amax(dim=0) if run.tuning.sharded else counts.amin(dim=0)).tolist()
+    bound = spec.self_test.log_prob_tolerance * spec.algorithm.clip_range
+    parameters = sum(p.numel() for p in run.tuning.parameters().values())
+    return SelfTest(
+        configuration=configuration_of(spec),
+        time=now(),
+        seconds=time.perf_counter() - began,
+        device=str(run.policy.device),
+        precision=spec.model.precision,
+        trained_parameters=parameters,
+        tensors_with_gradient=reached,
+        tensors_changed=moved,
+        reward=probe.reward,
+        rollout_difference=worst[0],
+        one_row_difference=worst[1],
+        bound=bound,
+    )
+
+
+def problem(report: SelfTest) -> str | None:
+    """What keeps the run from starting, with the remedy; None if nothing."""
+    if report.trained_parameters == 0:
+        return "no parameter is trained: spec.model.lora.targets or spec.model.tuning"
+    if report.tensors_with_gradient == 0 or report.tensors_changed == 0:
+        return (
+            f"an optimizer step changes {report.tensors_changed} of the trained tensors and "
+            f"{report.tensors_with_gradient} have a gradient: the trained weights do not reach "
+            "the velocity; check spec.model.lora.targets and spec.optimizer.learningRate"
+        )
+    for what, value in (
+        ("the rollout's and the update's log-probability differ", report.rollout_difference),
+        ("one row's log-probability differs from that among others", report.one_row_difference),
+    ):
+        if not value <= report.bound:  # also if it is not a number
+            return (
+                f"{what} by {value:.2g} under the same weights, at most {report.bound:.2g} is "
+                "allowed: the ratio would be clipped for rounding. Take spec.model.precision: "
+                "float32, or spec.compute.rowsPerCall equal to rowsPerTrainingCall, or a larger "
+                "spec.algorithm.clipRange; spec.selfTest.logProbTolerance sets the bound"
+            )
+    return None
+
+
+def _walk(run: Run, reward: Reward) -> _Probe:
+    # One stochastic trajectory passes a state and a draw at every branch step, for T evaluations.
+    shares = run.order.shares(0, rank=run.ranks.rank, world=run.ranks.world)
+    group = next(group for share in shares for group in share)
+    counters = dict.fromkeys(run.policy.evaluations, 0)
+    policy = replace(run.policy, evaluations=counters)
+    walker = replace(run.walker, policy=policy)
+    plan = run.exploration.trajectory(0)
+
+    def noise(*what: str | int) -> Tensor:
+        return seeds.normal(run.latent_shape, run.run_seed, "self-test", run.ranks.rank, *what)
+
+    conditioning = policy.text.encode([group.prompt.text])
+    rollouts = walker.collect(
+        plan, noise("start")[None], conditioning, lambda step: noise("branch", step)[None, None]
+    )
+    # A scorer that compares needs something to compare.
+    copies = 2 if reward.group_wise else 1
+    with torch.no_grad():
+        images = policy.decode(rollouts.latents_NCHW).expand(copies, -1, -1, -1)
+    scores = reward.score(
+        images,
+        [group.prompt.text] * copies,
+        [group.prompt.metadata] * copies,
+        groups=[0] * copies,
+        held_out=True,
+    )
+    advantages_GSK = torch.ones(1, len(plan.steps), 1)
+    rows = ex.of_rollouts(rollouts, advantages_GSK, plan, walker, run.exploration.weights_S(plan))
+    total = float(reward.total(scores)[0])
+    return _Probe(rows, policy, conditioning, total if math.isfinite(total) else None)
+
+
+def _log_probs_BK(run: Run, probe: _Probe, rows: Experience) -> Tensor:
+    found = run.objective.predict(rows, probe.policy, probe.conditioning, purpose="training")
+    return run.objective.log_probs_BK(rows, found.mean_BCHW).detach().cpu()
+
+
+def _by_training(run: Run, probe: _Probe) -> Tensor:
+    """As the update computes them, with gradient, in its micro-batches."""
+    batches = probe.rows.micro_batches(run.rows_per_training_call)
+    return torch.cat([_log_probs_BK(run, probe, batch) for batch in batches])
+
+
+@torch.no_grad()
+def _by_rollout(run: Run, probe: _Probe, expected_BK: Tensor) -> float:
+    """Most that log-probabilities differ in a call as full as those of a rollout."""
+    shares = run.order.shares(0, rank=run.ranks.rank, world=run.ranks.world)
+    live = sum(map(len, shares)) * (run.exploration.plan(0).images_per_group + 1)
+    count = max(min(run.walker.rows_per_call, live), len(probe.rows))
+    index_B = torch.arange(count) % len(probe.rows)
+    parts = [
+        _log_probs_BK(run, probe, probe.rows.rows(index)) - expected_BK[index]
+        for index in index_B.split(run.walker.rows_per_call)
+    ]
+    return float(torch.cat(parts).abs().max())
+
+
+@torch.no_grad()
+def _alone(run: Run, probe: _Probe, expected_BK: Tensor) -> float:
+    """Most that they differ in calls of one row: at the first, a middle and the last step."""
+    last = len(probe.rows) - 1
+    rows = [torch.tensor([i]) for i in sorted({0, last // 2, last})]
+    parts = [_log_probs_BK(run, probe, probe.rows.rows(i)) - expected_BK[i] for i in rows]
+    return float(torch.cat(parts).abs().max())
+
+
+def _step(run: Run, probe: _Probe) -> tuple[int, int]:
+    """How many trained tensors have a gradient and how many of these one optimizer step changes;
+    weights, moments and gradients are put back."""
+    parameters = run.tuning.parameters()
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    moments = copy.deepcopy(run.optimizer.state_dict())
+    try:
+        batch = next(probe.rows.micro_batches(run.rows_per_training_call))
+        found = run.objective.loss_sums(batch, probe.policy, probe.conditioning, run.tuning)
+        # As in an update: half precision has no room for gradients of a mean over a latent.
+        scale = 2.0 ** round(math.log2(math.prod(run.latent_shape))) if run.half_range else 1.0
+        (found["policy"] * scale).backward()
+        reached = [n for n, p in parameters.items() if p.grad is not None and _any(p.grad)]
+        run.optimizer.step()
+        changed = [n for n in reached if _any(before[n] - parameters[n].detach())]
+        return len(reached), len(changed)
+    finally:
+        run.tuning.assign(before)
+        run.optimizer.load_state_dict(moments)
+        for parameter in parameters.values():
+            parameter.grad = None
+
+
+def _any(tensor: Tensor) -> bool:
+    """Whether this rank's part of a tensor has a number other than zero."""
+    return bool(sharding.part(tensor).any())
