@@ -7,8 +7,10 @@ SOURCES := sdk operator trainer tests benchmarks tools
 COMPILE := $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 # One thread a process: torch's threads spin while they wait, which slows tests that run side by side.
 export OMP_NUM_THREADS ?= 1
+# A GPU that is there and does not work is an error, not a reason to skip its tests.
+GPU := $(wildcard /dev/nvidia0)
 
-.PHONY: help setup demo test test-faults test-cluster cluster cluster-down check generate lock images push-images clean
+.PHONY: help setup demo test test-faults test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -30,7 +32,11 @@ demo: setup ## Train the digits model, a minute or two, and draw with the result
 	$(VENV)/bin/tempflow sample runs/digits --prompt "a three" --prompt "a seven" --out runs/digits/sample.png
 
 test: setup ## The tests that need nothing but Python packages
-	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m "not faults and not cluster"
+	@$(if $(GPU),:,echo "left out: the tests marked gpu, as this machine has no /dev/nvidia0")
+	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m "not faults and not cluster$(if $(GPU),, and not gpu)"
+
+test-gpu: setup ## One real step of every family on a GPU; fails without one
+	$(RUN) tests/budget.py --name gpu --minutes 5 -- $(RUN) -m pytest -q -m gpu tests/gpu
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
 	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -m faults tests/faults
@@ -58,11 +64,13 @@ check-all:
 	$(RUN) -m tempflow_api.crd --check charts/tempflow/files/crd.yaml
 	$(RUN) -m tempflow_api.reference --check docs/reference.md
 	$(RUN) tools/chart_readme.py --check
+	$(RUN) tools/cli_docs.py --check
 
 generate: setup ## Renew generated files: the resource definition, the reference, the chart's README
 	$(RUN) -m tempflow_api.crd --write charts/tempflow/files/crd.yaml
 	$(RUN) -m tempflow_api.reference --write docs/reference.md
 	$(RUN) tools/chart_readme.py
+	$(RUN) tools/cli_docs.py
 	cp sdk/tempflow/presets/*.yaml examples/
 	$(VENV)/bin/ruff format -q $(SOURCES)
 

@@ -74,7 +74,7 @@ def _velocity(walker: Walker, x_BCHW: Tensor, k: int, conditioning: Conditioning
         parts.append(
             walker.policy.velocity(
                 x_BCHW[rows], sigma_B, conditioning.rows(rows), purpose="rollout"
-            )
+            ).to(x_BCHW.device)
         )
     return torch.cat(parts)
 
@@ -145,7 +145,9 @@ class RepeatedForward:
         sigma_B = of.sigma_S[step_B]
         return sde.step_mean(
             state_BCHW,
-            policy.velocity(state_BCHW, sigma_B.float(), conditioning, purpose=purpose),
+            policy.velocity(state_BCHW, sigma_B.float(), conditioning, purpose=purpose).to(
+                state_BCHW.device
+            ),
             x_factor_B=of.x_factor_S[step_B],
             v_factor_B=of.v_factor_S[step_B],
         )

@@ -47,6 +47,7 @@ class Step:
     step: int
     """Epochs completed."""
     attempt: int
+    incarnation: int
     save: int
     folder: str
     """Its name below ``checkpoints``."""
@@ -100,30 +101,56 @@ def _s3(endpoint_url: str | None, region: str | None) -> AbstractFileSystem:
 
 
 def steps(store: Store) -> list[Step]:
-    """Complete checkpoints, oldest first; an empty list where there is none, or no run."""
+    """Checkpoints that count, oldest first; an empty list where there is none, or no run.
+
+    Which ones count, the highest entry of the run's ledger says: see ``checkpoint_layout``.
+    """
+    newest = _newest_entry(store)
+    names = _names(store, layout.CHECKPOINTS)
+    found = []
+    for folder in reversed(layout.committed(names, newest)):
+        text = _manifest_text(store, folder.name)
+        if text is not None:
+            found.append(Step(*folder, folder.name, _manifest(text)))
+    return found
+
+
+def _newest_entry(store: Store) -> layout.Entry | None:
+    number = layout.newest_entry(_names(store, layout.LEDGER))
+    if number is None:
+        return None
+    key = layout.entry_key(number)
+    with _store_errors(store):
+        text = bytes(store.files.cat_file(store.path(key)))
+    try:
+        return layout.Entry.model_validate_json(text)
+    except ValidationError as error:
+        raise CheckpointCorrupt(
+            f"{store.uri}/{key} is damaged, and it says which checkpoints count; remove it to go "
+            "back to the entry before"
+        ) from error
+
+
+def _names(store: Store, folder: str) -> list[str]:
+    """Names directly below a folder of the run."""
     with _store_errors(store):
         try:
-            names = store.files.ls(store.path(layout.CHECKPOINTS), detail=False)
+            found = store.files.ls(store.path(folder), detail=False)
         except FileNotFoundError as error:
             # A prefix without objects is a run that has stored nothing yet; this is not.
             if "bucket does not exist" in str(error):
                 raise StoreUnavailable(f"cannot read {store.uri}: {_first_line(error)}") from error
             return []
-        found = []
-        for name in names:
-            folder = PurePosixPath(name).name
-            parsed = layout.parse_folder(folder)
-            text = _manifest_text(store, folder) if parsed else None
-            if parsed and text is not None:
-                found.append(Step(*parsed, folder, _manifest(text)))
-    return sorted(found, key=lambda step: (step.step, step.attempt, step.save))
+        return [PurePosixPath(name).name for name in found]
 
 
 def _manifest_text(store: Store, folder: str) -> bytes | None:
-    try:
-        return bytes(store.files.cat_file(store.path(layout.CHECKPOINTS, folder, layout.MANIFEST)))
-    except FileNotFoundError:
-        return None
+    with _store_errors(store):
+        try:
+            path = store.path(layout.CHECKPOINTS, folder, layout.MANIFEST)
+            return bytes(store.files.cat_file(path))
+        except FileNotFoundError:
+            return None
 
 
 def _manifest(text: bytes) -> layout.CheckpointManifest | None:

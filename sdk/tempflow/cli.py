@@ -4,7 +4,25 @@ import sys
 
 import typer
 
-from tempflow.verbs import checkpoints, explain, init, pull, report, run, sample, validate, version
+from tempflow.verbs import (
+    checkpoints,
+    completion,
+    diff,
+    doctor,
+    explain,
+    init,
+    jobs,
+    logs,
+    pull,
+    report,
+    rewards,
+    run,
+    sample,
+    steering,
+    submit,
+    validate,
+    version,
+)
 from tempflow_api.errors import ManifestInvalid, TempFlowError
 
 _EXIT_CODES = """\b
@@ -12,6 +30,11 @@ Exit codes:
   0    done
   1    a bug: please report it
   2    the manifest or the command is wrong
+  60   the job failed                   65   no such job, or not installed
+  61   not within --timeout             66   it exists already, or has ended
+  62   the cluster does not answer      67   the API server failed
+  63   the credentials are refused      68   doctor found a fault
+  64   not allowed                      69   diff found a difference
   80   the model cannot be loaded       84   a port is in use
   81   a reward failed                  85   stopped after a checkpoint
   82   the device is missing            86   a newer start of this run took over
@@ -19,7 +42,7 @@ Exit codes:
   88   the checkpoint store refuses     89   no checkpoint is intact
   90   a process died                   91   the pod is unfit to train
   92   the self-test failed             93   the guard stopped the run
-  130  Ctrl-C
+  94   checkpoints cannot be stored    130  Ctrl-C
 """
 
 app = typer.Typer(
@@ -28,7 +51,8 @@ app = typer.Typer(
     "\b\nStart here:\n"
     "  tempflow init --preset digits           write digits.yaml\n"
     "  tempflow run digits.yaml                train, here\n"
-    "  tempflow sample runs/digits --prompt 'a three'",
+    "  tempflow sample runs/digits --prompt 'a three'\n"
+    "  tempflow submit digits.yaml --follow    the same on a cluster",
     epilog=_EXIT_CODES,
     no_args_is_help=True,
     add_completion=True,
@@ -41,10 +65,18 @@ app.add_typer(init.app)
 app.add_typer(validate.app)
 app.add_typer(explain.app)
 app.add_typer(run.app)
+app.add_typer(submit.app)
+app.add_typer(diff.app)
+app.add_typer(jobs.app)
+app.add_typer(logs.app)
+app.add_typer(steering.app)
 app.add_typer(sample.app)
 app.add_typer(checkpoints.app)
 app.add_typer(pull.app)
 app.add_typer(report.app)
+app.add_typer(rewards.app)
+app.add_typer(doctor.app)
+app.add_typer(completion.app)
 app.add_typer(version.app)
 
 

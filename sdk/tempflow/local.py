@@ -94,13 +94,29 @@ def problems_here(job: TempFlowGRPOJob) -> list[Problem]:
         problems.append(
             Problem("spec.runPolicy.suspend", "got true: a suspended job does not run; remove it")
         )
+    if spec.data.prompts_config_map is not None:
+        problems.append(
+            Problem(
+                "spec.data.promptsConfigMap",
+                "is of a cluster: here, name a file in promptsFile and remove this field",
+            )
+        )
     prompts = spec.data.prompts_file
-    if prompts and "://" not in prompts and not Path(prompts).is_file():
+    if (
+        prompts
+        and not spec.data.prompts_config_map
+        and "://" not in prompts
+        and not Path(prompts).exists()
+    ):
         problems.append(
             Problem(
                 "spec.data.promptsFile",
                 f"there is no file {prompts}: write the prompts there, one a line",
             )
+        )
+    if spec.run_policy.cancel:
+        problems.append(
+            Problem("spec.runPolicy.cancel", "got true: a cancelled job does not run; remove it")
         )
     return problems
 

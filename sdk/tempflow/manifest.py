@@ -148,6 +148,8 @@ def _without_server_fields(document: dict[str, object]) -> dict[str, object]:
 
 def _with_prompts_file(job: TempFlowGRPOJob, folder: Path | None) -> TempFlowGRPOJob:
     given = job.spec.data.prompts_file
+    if job.spec.data.prompts_config_map is not None:
+        return job  # there it is a key, not a path
     if given is None or folder is None or "://" in given or Path(given).is_absolute():
         return job
     data = job.spec.data.model_copy(update={"prompts_file": str((folder / given).resolve())})

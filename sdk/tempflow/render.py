@@ -103,11 +103,12 @@ class LiveWatcher:
         self._live.stop()
 
     def _view(self) -> RenderableType:
-        return live_view(self._name, self._epochs, self._progress, self._metrics)
+        rewards = [metrics.reward for metrics in self._metrics]
+        return live_view(self._name, self._epochs, self._progress, rewards)
 
 
 def live_view(
-    name: str, epochs: int, progress: Progress | None, metrics: Sequence[Metrics]
+    name: str, epochs: int, progress: Progress | None, rewards: Sequence[float]
 ) -> RenderableType:
     """Two lines: how far the run is, and where the reward goes."""
     done = progress.epoch if progress else 0
@@ -119,8 +120,7 @@ def live_view(
     grid = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=epochs, completed=done, width=_SPARKLINE_WIDTH)
     grid.add_row(Text(name, style="bold"), bar, Text("  ".join(facts)))
-    if metrics:
-        rewards = [m.reward for m in metrics]
+    if rewards:
         curve = Text(sparkline(rewards, _SPARKLINE_WIDTH), style="cyan")
         grid.add_row(Text("reward"), curve, Text(number(rewards[-1])))
     return grid

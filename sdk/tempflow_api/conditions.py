@@ -43,6 +43,7 @@ class Reason(StrEnum):
     PERMANENT_FAILURE = "PermanentFailure"
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    CANCELLED = "Cancelled"
     PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
     STALLED = "Stalled"
     PREFLIGHT_FAILED = "PreflightFailed"
@@ -84,6 +85,7 @@ REASON_MEANINGS: dict[Reason, str] = {
     "would end the same way.",
     Reason.RESTARTS_EXHAUSTED: "The attempt failed and `runPolicy.maxRestarts` are used up.",
     Reason.DEADLINE_EXCEEDED: "The job was active for `runPolicy.activeDeadlineSeconds`.",
+    Reason.CANCELLED: "`runPolicy.cancel` is true.",
     Reason.PRE_RUNNING_DEADLINE_EXCEEDED: "The pods of an attempt did not all run within "
     "`runPolicy.preRunningDeadlineSeconds`.",
     Reason.STALLED: "Progress did not move for `runPolicy.stallTimeoutSeconds`; the attempt was "

@@ -7,6 +7,8 @@ TempFlowError
  ├─ ModelUnavailable     weights cannot be loaded
  ├─ RewardFailed         a scorer is unknown or gave no usable score
  ├─ StoreUnavailable     the checkpoint store refuses or is missing
+ ├─ Uncommitted          no checkpoint could be stored for too long
+ ├─ Fenced               a newer start of the run has taken it over
  ├─ CheckpointCorrupt    no complete checkpoint passed validation
  ├─ AddressInUse         a port that the run needs is taken
  ├─ TrainingDiverged     loss or gradients are not finite
@@ -14,6 +16,8 @@ TempFlowError
  ├─ SelfTestFailed       the model does not do what the loss takes for granted
  ├─ TrainingCollapsed    the guard was told to stop, or has rolled back often enough
  └─ Preempted            asked to stop; the state is committed
+
+The SDK's errors about a cluster are in ``tempflow.cluster.errors``.
 """
 
 from collections.abc import Sequence
@@ -22,12 +26,23 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the trainer, and ``tempflow run``, exit with. The numbers are part of the contract:
-    the operator decides by them whether a further attempt makes sense."""
+    """What the trainer and the command line exit with. The numbers are part of the contract: the
+    operator decides by the trainer's, from 80 on, whether a further attempt makes sense."""
 
     DONE = 0
     BUG = 1
     INVALID = 2
+    # Of commands that talk to a cluster.
+    JOB_FAILED = 60
+    TIMEOUT = 61
+    UNREACHABLE = 62
+    UNAUTHORIZED = 63
+    FORBIDDEN = 64
+    NOT_FOUND = 65
+    CONFLICT = 66
+    API_SERVER = 67
+    UNHEALTHY = 68
+    DIFFERENT = 69
     MODEL = 80
     REWARD = 81
     DEVICE = 82
@@ -42,6 +57,7 @@ class ExitCode(IntEnum):
     PREFLIGHT = 91
     SELF_TEST = 92
     COLLAPSED = 93
+    UNCOMMITTED = 94
     INTERRUPTED = 130
 
 
@@ -122,6 +138,14 @@ class RewardFailed(TempFlowError):
 
 class StoreUnavailable(TempFlowError):
     exit_code = ExitCode.STORE
+
+
+class Uncommitted(TempFlowError):
+    exit_code = ExitCode.UNCOMMITTED
+
+
+class Fenced(TempFlowError):
+    exit_code = ExitCode.FENCED
 
 
 class CheckpointCorrupt(TempFlowError):

@@ -60,6 +60,8 @@ class Metrics(Observed):
     images: int
     images_per_second: float
     seconds: EpochSeconds
+    scoring_hidden_seconds: float = 0.0
+    """Of scoring, beside the rollout; ``seconds.scoring`` is what the epoch waited for after it."""
     evaluations: EpochEvaluations
 
 
@@ -111,6 +113,23 @@ class SelfTest(Observed):
     """Most that it differs in a call of its own."""
     bound: float
     """What a difference may be."""
+
+
+class Save(Observed):
+    """One checkpoint, a line of ``checkpoints.jsonl``, whether it could be stored or not."""
+
+    epoch: int
+    time: Timestamp
+    stall_seconds: float
+    """That training waited: for the copy in memory, and for the save before."""
+    stage_seconds: float
+    """Writing to local disk, with digests, beside the training."""
+    send_seconds: float
+    """From the first request to the one that makes it count, beside the training."""
+    bytes: int
+    folder: str | None
+    """Below the run's folder; None if it failed."""
+    error: str | None
 
 
 class BeforeAfter(Observed):

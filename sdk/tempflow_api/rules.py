@@ -1,66 +1,27 @@
 """Rules across fields, each written twice: for the API server (CEL) and for Python.
 
-A test runs both over the same table of manifests. ``path`` names the field at which the error is
-shown; CEL expressions see the block named by ``scope`` as ``self``.
+A test runs both over the same table of manifests. Those about the method alone are in
+``method_rules.py``.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 
+from tempflow_api.method_rules import METHOD_RULES
 from tempflow_api.pods import Volume
+from tempflow_api.rule import Rule as Rule
 from tempflow_api.v1alpha1 import JobSpec
-
-
-@dataclass(frozen=True)
-class Rule:
-    """``holds`` and ``cel`` say the same; ``message`` tells what is expected and what to do."""
-
-    path: str
-    cel: str
-    message: str
-    holds: Callable[[JobSpec], bool]
-
-
-def _branch_steps_inside(spec: JobSpec) -> bool:
-    return all(step < spec.sampling.steps - 1 for step in spec.algorithm.branch_steps)
-
-
-def _enough_candidates(spec: JobSpec) -> bool:
-    algorithm = spec.algorithm
-    candidates = len(algorithm.branch_steps) or spec.sampling.steps - 1
-    return algorithm.branch_set.choose == "all" or algorithm.branch_set.count <= candidates
-
-
-def _whole_flow_grpo(spec: JobSpec) -> bool:
-    """Its trajectories have start noises of their own and share nothing."""
-    algorithm = spec.algorithm
-    return algorithm.method == "flow-grpo" and algorithm.branch_set.choose == "all"
-
-
-def _draws_to_compare(spec: JobSpec) -> bool:
-    algorithm = spec.algorithm
-    by_prompt = algorithm.advantage.scope == "prompt" or _whole_flow_grpo(spec)
-    seeds = algorithm.seeds_per_prompt if by_prompt else 1
-    return seeds * algorithm.branches_per_seed >= 2
-
-
-def _density_where_needed(spec: JobSpec) -> bool:
-    return spec.sampling.sde != "cps" or spec.algorithm.weighting == "none"
-
-
-def _guidance_to_stop_the_gradient_of(spec: JobSpec) -> bool:
-    sampling = spec.sampling
-    training = sampling.training_guidance_scale or sampling.guidance_scale
-    guided = spec.model.family != "flux" and training > 1
-    return spec.algorithm.guidance_gradient == "both" or guided
 
 
 def _groups_for_every_process(spec: JobSpec) -> bool:
     algorithm, compute = spec.algorithm, spec.compute
     groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt // algorithm.updates_per_epoch
     return groups >= compute.nodes * compute.processes_per_node
+
+
+def _best_metric_exists(spec: JobSpec) -> bool:
+    best = spec.checkpoint.keep_best
+    return best is None or best.metric in {"reward", *(term.name for term in spec.rewards)}
 
 
 # What the operator and torchrun set themselves.
@@ -99,11 +60,6 @@ def _equal_shares(spec: JobSpec) -> bool:
     groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt // algorithm.updates_per_epoch
     sharded = compute.strategy == "shard"
     return not sharded or groups % (compute.nodes * compute.processes_per_node) == 0
-
-
-_WHOLE_FLOW_GRPO = (
-    "(self.algorithm.method == 'flow-grpo' && self.algorithm.branchSet.choose == 'all')"
-)
 
 
 def _evaluation_size_fits(spec: JobSpec) -> bool:
@@ -145,6 +101,16 @@ RULES: tuple[Rule, ...] = (
         lambda spec: (spec.data.prompts is not None) != (spec.data.prompts_file is not None),
     ),
     Rule(
+        "spec.data.promptsConfigMap",
+        "!has(self.data.promptsConfigMap) || (has(self.data.promptsFile) && "
+        "self.data.promptsFile.matches('^[-._a-zA-Z0-9]+$'))",
+        "promptsFile is then a key of that ConfigMap, for instance prompts.txt",
+        lambda spec: (
+            spec.data.prompts_config_map is None
+            or re.fullmatch("[-._a-zA-Z0-9]+", spec.data.prompts_file or "") is not None
+        ),
+    ),
+    Rule(
         "spec.sampling.width",
         f"self.model.family == 'digits' || ({_DIVISIBLE})",
         "width and height are multiples of 16 for this family",
@@ -170,103 +136,7 @@ RULES: tuple[Rule, ...] = (
         "multiples of 16 for the others",
         _evaluation_size_fits,
     ),
-    Rule(
-        "spec.algorithm.branchSteps",
-        "self.algorithm.branchSteps.all(k, k < self.sampling.steps - 1)",
-        "each is less than sampling.steps - 1: the last step has almost no noise, its likelihood "
-        "overflows",
-        _branch_steps_inside,
-    ),
-    Rule(
-        "spec.algorithm.branchSteps",
-        "self.algorithm.branchSteps.all(k, self.algorithm.branchSteps.exists_one(j, j == k))",
-        "no step is listed twice",
-        lambda spec: len(set(spec.algorithm.branch_steps)) == len(spec.algorithm.branch_steps),
-    ),
-    Rule(
-        "spec.algorithm.branchSet.count",
-        "self.algorithm.branchSet.choose == 'all' || self.algorithm.branchSet.count <= "
-        "(size(self.algorithm.branchSteps) > 0 ? size(self.algorithm.branchSteps) "
-        ": self.sampling.steps - 1)",
-        "is at most the number of candidates: those of branchSteps, or sampling.steps - 1",
-        _enough_candidates,
-    ),
-    Rule(
-        "spec.algorithm.branchesPerSeed",
-        f"!{_WHOLE_FLOW_GRPO} || self.algorithm.branchesPerSeed == 1",
-        "is 1 with method flow-grpo, which does not branch: its group size is seedsPerPrompt "
-        "(with a branchSet other than all, draws share the steps before the first stochastic one)",
-        lambda spec: not _whole_flow_grpo(spec) or spec.algorithm.branches_per_seed == 1,
-    ),
-    Rule(
-        "spec.algorithm.advantage.scope",
-        f"!{_WHOLE_FLOW_GRPO} || self.algorithm.advantage.scope == 'prompt'",
-        "is prompt with method flow-grpo: its trajectories share no start noise to compare within",
-        lambda spec: not _whole_flow_grpo(spec) or spec.algorithm.advantage.scope == "prompt",
-    ),
-    Rule(
-        "spec.algorithm.branchesPerSeed",
-        f"(self.algorithm.advantage.scope == 'prompt' || {_WHOLE_FLOW_GRPO} "
-        "? self.algorithm.seedsPerPrompt : 1) "
-        "* self.algorithm.branchesPerSeed >= 2",
-        "a group needs two draws to compare: branchesPerSeed (times seedsPerPrompt with scope "
-        "prompt) is at least 2",
-        _draws_to_compare,
-    ),
-    Rule(
-        "spec.algorithm.weighting",
-        "self.sampling.sde != 'cps' || self.algorithm.weighting == 'none'",
-        "is none with sde cps: its log-probability leaves out the division by the variance and so "
-        "already counts every step by its noise",
-        _density_where_needed,
-    ),
-    Rule(
-        "spec.algorithm.klForm",
-        "self.sampling.sde != 'cps' || self.algorithm.klForm != 'no-dt'",
-        "is exact or velocity with sde cps, whose noise is no diffusion times sqrt(|dt|)",
-        lambda spec: spec.sampling.sde != "cps" or spec.algorithm.kl_form != "no-dt",
-    ),
-    Rule(
-        "spec.algorithm.mergeBelow",
-        "self.sampling.sde != 'cps' || self.algorithm.mergeBelow == 0.0",
-        "is 0 with sde cps, whose noise shrinks with the length of a step",
-        lambda spec: spec.sampling.sde != "cps" or spec.algorithm.merge_below == 0,
-    ),
-    Rule(
-        "spec.algorithm.mergeBelow",
-        "self.algorithm.mergeBelow == 0.0 || self.algorithm.mergeBelow < self.sampling.noiseLevel",
-        "is less than sampling.noiseLevel, the most that the first step can add",
-        lambda spec: (
-            spec.algorithm.merge_below == 0
-            or spec.algorithm.merge_below < spec.sampling.noise_level
-        ),
-    ),
-    Rule(
-        "spec.sampling.tail.steps",
-        "self.sampling.tail.solver != 'dpm2' || "
-        "(self.sampling.tail.steps >= 3 && self.sampling.steps >= 4)",
-        "is at least 3 with solver dpm2, and sampling.steps at least 4: the first and the last "
-        "step of a tail are of first order",
-        lambda spec: (
-            spec.sampling.tail.solver != "dpm2"
-            or (spec.sampling.tail.steps >= 3 and spec.sampling.steps >= 4)
-        ),
-    ),
-    Rule(
-        "spec.sampling.noiseLevel",
-        "self.sampling.sde != 'cps' || self.sampling.noiseLevel <= 1.0",
-        "is at most 1 with sde cps: all noise of the step is fresh then",
-        lambda spec: spec.sampling.sde != "cps" or spec.sampling.noise_level <= 1,
-    ),
-    Rule(
-        "spec.algorithm.guidanceGradient",
-        "self.algorithm.guidanceGradient == 'both' || (self.model.family != 'flux' && "
-        "(has(self.sampling.trainingGuidanceScale) ? self.sampling.trainingGuidanceScale "
-        ": self.sampling.guidanceScale) > 1.0)",
-        "is both without classifier-free guidance in training (family flux, or a scale of 1): "
-        "there is no unconditional velocity",
-        _guidance_to_stop_the_gradient_of,
-    ),
+    *METHOD_RULES,
     Rule(
         "spec.algorithm.updatesPerEpoch",
         "self.algorithm.promptsPerEpoch % self.algorithm.updatesPerEpoch == 0",
@@ -310,11 +180,47 @@ RULES: tuple[Rule, ...] = (
         lambda spec: len({reward.name for reward in spec.rewards}) == len(spec.rewards),
     ),
     Rule(
+        "spec.rewards",
+        "self.rewards.all(r, !has(r.service) || r.service.timeoutSeconds <= "
+        "r.service.deadlineSeconds)",
+        "service.timeoutSeconds, of one attempt, is at most service.deadlineSeconds, of all",
+        lambda spec: all(
+            reward.service is None
+            or reward.service.timeout_seconds <= reward.service.deadline_seconds
+            for reward in spec.rewards
+        ),
+    ),
+    Rule(
+        "spec.rewards",
+        "self.rewards.all(r, !has(r.service) || size(r.parameters) == 0)",
+        "a reward with a service has no parameters: they are set where it is served",
+        lambda spec: all(
+            reward.service is None or not reward.parameters for reward in spec.rewards
+        ),
+    ),
+    Rule(
         "spec.checkpoint.uri",
         "self.compute.nodes == 1 || "
         "(has(self.checkpoint.uri) && self.checkpoint.uri.startsWith('s3://'))",
         "starts with s3:// when compute.nodes is above 1: the nodes share no disk",
         lambda spec: spec.compute.nodes == 1 or (spec.checkpoint.uri or "").startswith("s3://"),
+    ),
+    Rule(
+        "spec.checkpoint.keepBest.metric",
+        "!has(self.checkpoint.keepBest) || self.checkpoint.keepBest.metric == 'reward' || "
+        "self.rewards.exists(r, r.name == self.checkpoint.keepBest.metric)",
+        "is reward, or the name of one of spec.rewards",
+        _best_metric_exists,
+    ),
+    Rule(
+        "spec.initFrom.uri",
+        "!has(self.initFrom) || self.compute.nodes == 1 || self.initFrom.uri.startsWith('s3://')",
+        "starts with s3:// when compute.nodes is above 1: the nodes share no disk",
+        lambda spec: (
+            spec.init_from is None
+            or spec.compute.nodes == 1
+            or spec.init_from.uri.startswith("s3://")
+        ),
     ),
     Rule(
         "spec.compute.gpusPerProcess",
@@ -406,6 +312,11 @@ FIELD_MUTABILITY: dict[str, Mutability] = {
     "spec.guard": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.everyEpochs": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.keepLast": Mutability.MUTABLE,
+    "spec.checkpoint.keepEvery": Mutability.MUTABLE,
+    "spec.checkpoint.keepBest": Mutability.MUTABLE,
+    "spec.checkpoint.saveTimeoutSeconds": Mutability.WHILE_SUSPENDED,
+    "spec.checkpoint.maxWaitSeconds": Mutability.WHILE_SUSPENDED,
+    "spec.checkpoint.maxFailedSaves": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.endpointUrl": Mutability.WHILE_SUSPENDED,
     "spec.compute": Mutability.WHILE_SUSPENDED,
     "spec.modelCache": Mutability.WHILE_SUSPENDED,

@@ -1,4 +1,5 @@
-"""``TempFlowGRPOJob``: the specification of a run. The only place to edit the API.
+"""``TempFlowGRPOJob``: the specification of a run. With ``method.py``, the sections that say how
+images are drawn and learned from, and ``pods.py`` the only place to edit the API.
 
 The custom resource definition, the reference documentation and the checks of the command line,
 the operator and the trainer are derived from these classes. Rules across fields are in
@@ -14,11 +15,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tempflow_api.base import Name, Prompt, Quantity, Section, Text, Uri
+from tempflow_api.base import Name, PositiveInt, Prompt, Quantity, Section, Text, Uri
+from tempflow_api.method import Advantage as Advantage
+from tempflow_api.method import Algorithm as Algorithm
+from tempflow_api.method import BranchSet as BranchSet
+from tempflow_api.method import Sampling as Sampling
+from tempflow_api.method import Tail as Tail
 from tempflow_api.pods import ModelCache, Network, PodTemplate
 from tempflow_api.status import JobStatus
 
-PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -86,131 +91,37 @@ class Data(Section):
     """A path, relative to the manifest, or ``s3://``: one prompt a line (``.txt``), JSON lines
     (``.jsonl``) with ``prompt`` and any further keys, which rewards read as metadata, or the
     folder of one split of a dataset that ``datasets`` has saved to disk, with such columns."""
+    prompts_config_map: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """On a cluster, a ConfigMap in the job's namespace whose key ``promptsFile`` is the file;
+    ``tempflow submit`` makes it of a local file."""
     shuffle: bool = True
     """Draw the prompts of each pass in a new random order; else in the order of the file."""
 
 
-class Tail(Section):
-    """How a trajectory is completed after its last stochastic step; that takes nearly all of a
-    rollout's evaluations. The default follows the schedule."""
+class RewardService(Section):
+    """Where a reward is served over HTTP, and how long to wait for it."""
 
-    solver: Literal["euler", "dpm2"] = "euler"
-    """``dpm2`` is DPM-Solver++(2M), of second order but for the first and the last step of a tail.
-    Its images are not those of ``euler`` with as many steps, which is what is evaluated."""
-    steps: Annotated[int, Field(ge=1, le=1000)] = 1000
-    """At most so many, evenly spread over the levels that are left; a tail never has more than
-    there are. The default is the largest number of steps, so all of them."""
-
-
-class Sampling(Section):
-    """How an image is drawn during training."""
-
-    steps: Annotated[int, Field(ge=2, le=1000)] = 10
-    """Denoising steps T. Fewer than for display: 10 steps rank images as 40 do."""
-    width: Annotated[int, Field(ge=8, le=8192)] = 512
-    """Pixels."""
-    height: Annotated[int, Field(ge=8, le=8192)] = 512
-    """Pixels."""
-    guidance_scale: Annotated[float, Field(ge=1, le=100)] = 4.5
-    """Classifier-free guidance; 1 switches it off. FLUX.1 takes the number as an input of the
-    network instead."""
-    training_guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = None
-    """Guidance of the velocities that are trained on, where it is not that of the rollout: 1
-    halves their cost, and trains on draws that another velocity has made."""
-    negative_prompt: Text = ""
-    """What classifier-free guidance steers away from. Qwen-Image uses a single space."""
-    noise_level: Annotated[float, Field(gt=0, le=10)] = 0.7
-    """The a of sigma_t = a sqrt(t / (1 - t)), the noise of the stochastic step. 0.7 for SD3.5,
-    0.9 for FLUX.1, 1.2 for Qwen-Image; at the first step the noise added equals a."""
-    sde: Literal["flow", "cps", "dance"] = "flow"
-    """The stochastic step. ``flow``: the paper's, sigma_t as above. ``dance``: sigma_t = a at all
-    noise levels (DanceGRPO, which takes a = 0.3). ``cps``: noise of s sin(a pi / 2) where the step
-    lands at noise level s, and as much less of the predicted noise (Flow-CPS, which takes
-    a = 0.8); its log-probability is minus the mean square distance, so it wants a clip range of
-    its own."""
-    tail: Tail = Tail()
-
-
-class Advantage(Section):
-    """How a reward becomes an advantage: (reward - mean) / (deviation + epsilon)."""
-
-    scope: Literal["seed", "prompt"] = "seed"
-    """Draws that are compared: those that share prompt, seed and step, or prompt and step."""
-    deviation: Literal["group", "global", "none"] = "group"
-    """Divide by the population standard deviation of the group, of all draws of that step in the
-    epoch, or by nothing."""
-    epsilon: Annotated[float, Field(gt=0, le=10)] = 1e-4
-    """Added to the deviation, in units of the reward. Larger values keep groups that are solved
-    from amplifying trivial differences."""
-    clip_max: Annotated[float, Field(gt=0, le=1000)] = 5.0
-    """Advantages beyond this are cut."""
-    combination: Literal["raw", "normalised"] = "raw"
-    """Of several rewards. ``raw``: the reward is the weighted sum of raw scores, so the one with
-    the widest spread decides. ``normalised``: each reward becomes an advantage of its own, and
-    the advantage is their weighted sum, so the weights decide."""
-
-
-class BranchSet(Section):
-    """Which of the candidates, ``branchSteps``, are stochastic and trained in an epoch."""
-
-    choose: Literal["all", "first", "random", "window", "sliding"] = "all"
-    """``all``; the ``first`` ones; some at ``random``, anew each epoch; consecutive ones, a
-    ``window`` at a random place each epoch (Flow-GRPO-Fast) or one that is ``sliding`` from noise
-    to image and stays at the end (MixGRPO)."""
-    count: Annotated[int, Field(ge=1, le=999)] = 4
-    """How many, unless all. MixGRPO's window is 4 steps, Flow-GRPO-Fast's 2."""
-    every_epochs: PositiveInt = 25
-    """Epochs after which a sliding window moves on by one step; 25 in MixGRPO."""
-
-
-class Algorithm(Section):
-    """TempFlow-GRPO (arXiv 2508.04324), and Flow-GRPO to compare it with."""
-
-    method: Literal["tempflow", "flow-grpo"] = "tempflow"
-    """``tempflow``: a deterministic trunk, one stochastic step a branch, its reward credited to
-    that step. ``flow-grpo``: every step is stochastic, one reward for the whole trajectory."""
-    epochs: PositiveInt = 100
-    """Rounds of rollout, scoring and update."""
-    prompts_per_epoch: Annotated[int, Field(ge=1, le=100_000)] = 48
-    """Prompts drawn for an epoch, over all processes."""
-    seeds_per_prompt: Annotated[int, Field(ge=1, le=1024)] = 4
-    """Start noises a prompt, N. With ``flow-grpo`` this is the size of the group."""
-    branches_per_seed: Annotated[int, Field(ge=1, le=1024)] = 6
-    """Draws at each branch step, K. With ``flow-grpo`` 1, or with a branch set other than all the
-    trajectories that share start noise and the deterministic steps before the first stochastic
-    one."""
-    branch_steps: Annotated[list[Annotated[int, Field(ge=0, le=998)]], Field(max_length=999)] = []
-    """Steps that are stochastic and trained. An empty list takes all but the last, where almost
-    no noise is left and likelihoods overflow."""
-    branch_set: BranchSet = BranchSet()
-    merge_below: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """A stochastic step that would add less noise than this jumps over the steps after it until it
-    adds as much, at the farthest to the last noise level above zero (E-GRPO: steps of low entropy
-    are merged). In units of the noise added, which is at most ``noiseLevel`` at the first step; 0
-    merges nothing."""
-    updates_per_epoch: Annotated[int, Field(ge=1, le=1000)] = 2
-    """Optimizer steps an epoch, each over an equal share of its prompts."""
-    weighting: Literal["noise-aware", "none", "guard"] = "noise-aware"
-    """``noise-aware`` multiplies the policy loss at step k by sigma_k sqrt(|dt_k|) over its mean
-    over the branch steps of the epoch (equation 7 of the paper). ``guard`` is GRPO-Guard's: ratios
-    without their bias and scaled by the noise, and the loss divided by |dt_k|, so that the
-    gradient is of one size at all steps; its ratios want a clip range of their own."""
-    advantage: Advantage = Advantage()
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """The ratio is clipped to 1 plus or minus this. It acts on a log-probability averaged over
-    the latent's dimensions, so small latents need more: 3e-3 at 200 dimensions."""
-    kl_coefficient: Annotated[float, Field(ge=0, le=1000)] = 0.001
-    """Weight of the divergence of the stochastic step from the model before training. 0 saves
-    the reference forward."""
-    kl_form: Literal["exact", "no-dt", "velocity"] = "exact"
-    """The divergence: Kullback-Leibler's; that times |dt_k|, as in Flow-GRPO's code, which takes a
-    coefficient ten times as large; or the mean square difference of the velocities, which counts
-    all steps alike."""
-    guidance_gradient: Literal["both", "conditional"] = "both"
-    """Whether the gradient goes through the conditional and the unconditional velocity of
-    classifier-free guidance, as in TempFlow-GRPO's code, or the first alone, as in Flow-GRPO's."""
-    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
-    """Every random number of the run is derived from this one."""
+    endpoints: Annotated[
+        list[Annotated[str, Field(max_length=1024, pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")]],
+        Field(min_length=1, max_length=64),
+    ]
+    """Addresses of servers that all serve this reward; each request goes to the least busy one."""
+    token_variable: (
+        Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None
+    ) = None
+    """Environment variable with the bearer token that the servers ask for; on a cluster from the
+    Secret of ``spec.compute.secretName``. The token itself never stands in a manifest."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Of one request; a slow model takes seconds for 32 images. Then another attempt is made."""
+    deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Of a batch with all attempts; after it the batch has no score. Ten minutes let a server
+    restart and load a large model."""
+    images_per_request: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Most images in one request; 32 of 512 x 512 are 15 MiB as PNG."""
+    requests_per_endpoint: Annotated[int, Field(ge=1, le=64)] = 2
+    """Requests under way at once: one is scored while the next one travels."""
+    image_format: Literal["png", "webp"] = "png"
+    """Both without loss. WebP is smaller and takes longer to write: for slow networks."""
 
 
 class RewardTerm(Section):
@@ -237,6 +148,8 @@ class RewardTerm(Section):
         dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)
     ] = {}
     """Settings of the scorer, as strings."""
+    service: RewardService | None = None
+    """Score by asking a service instead of in the trainer's processes."""
 
 
 class Optimizer(Section):
@@ -315,6 +228,15 @@ class Guard(Section):
     """One more ends the run."""
 
 
+class KeepBest(Section):
+    """Checkpoints that evaluate best."""
+
+    metric: Name = "reward"
+    """``reward``, or the name of one of ``spec.rewards``, also of one that is held out."""
+    count: Annotated[int, Field(ge=1, le=100)] = 1
+    """The result is usually the best one."""
+
+
 class Checkpoint(Section):
     """What survives the processes: the state to continue from, and the result."""
 
@@ -341,6 +263,32 @@ class Checkpoint(Section):
     keep_last: Annotated[int, Field(ge=2, le=1000)] = 2
     """Older checkpoints are deleted once a new one is complete. At least two, so that a damaged
     one has a predecessor."""
+    keep_every: PositiveInt | None = None
+    """Also keep those after a multiple of so many epochs, to look back."""
+    keep_best: KeepBest | None = None
+    """Also keep those with the highest mean of a metric, among those whose epoch was evaluated:
+    let ``evaluation.everyEpochs`` and ``everyEpochs`` fall together."""
+    save_timeout_seconds: Annotated[int, Field(ge=10, le=86_400)] = 1800
+    """A save that takes longer is given up and counts as failed. Half an hour is a full fine-tune
+    of 30 GB at 17 MB/s."""
+    max_wait_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+    """Saves run beside the training, one at a time. When the next one is due, training waits so
+    long for the one before; then the new one is skipped, and counts as failed."""
+    max_failed_saves: Annotated[int, Field(ge=1, le=1000)] = 3
+    """So many failed saves in a row end the run, with exit code 92: its progress would be lost
+    with the next fault."""
+
+
+class InitFrom(Section):
+    """A start from what another run has learned."""
+
+    uri: Uri
+    """Folder of a run, of which the newest checkpoint is taken, or of one checkpoint: a local path
+    or ``s3://``, in the store that ``spec.checkpoint`` describes. It is only read, and only by a
+    run that has no checkpoint of its own yet."""
+    mode: Literal["resume", "weights"] = "weights"
+    """``weights`` begins at epoch 0 with the averaged weights, as they were evaluated, and a new
+    optimizer; ``resume`` goes on with all of the state, counting on from its epoch."""
 
 
 class Compute(Section):
@@ -359,6 +307,10 @@ class Compute(Section):
     result is the same, and a run may change it when it continues."""
     rows_per_call: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Most latents in one call of the network without gradient: bounds the memory of a rollout."""
+    groups_per_rollout: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """(Prompt, seed) pairs that a process draws at once; they are scored while the next ones are
+    drawn. Without it all of them, or an eighth where a reward is served, so that an eighth
+    of its time is waited for. It may move results by a rounding error, as rowsPerCall may."""
     rows_per_training_call: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Most (seed, step) pairs in one call with gradient."""
     rows_per_decode: Annotated[int, Field(ge=1, le=65_536)] | None = None
@@ -408,6 +360,9 @@ class RunPolicy(Section):
 
     suspend: bool = False
     """Stop after a checkpoint and hold no resources until it is false again."""
+    cancel: bool = False
+    """Stop after a checkpoint and end the job as failed, for good; its records and checkpoints
+    stay. Setting it to false again does not bring the job back."""
     queue: (
         Annotated[
             str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
@@ -470,6 +425,8 @@ class JobSpec(Section):
     self_test: SelfTest = SelfTest()
     guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
+    init_from: InitFrom | None = None
+    """Absent: the run starts from the model itself."""
     compute: Compute
     model_cache: ModelCache = ModelCache()
     run_policy: RunPolicy = RunPolicy()

@@ -9,13 +9,15 @@ import pytest
 
 from tempflow_api import crd, naming
 from tests.cluster import bare, build, project_images, target
+from tests.cluster.apiserver import ApiServer
 from tests.cluster.bare import Bare
 from tests.cluster.cluster import down, ensure_up
 from tests.cluster.layout import DEFAULT_STATE, StateFolder
+from tests.cluster.project_images import ProjectImages
 from tests.cluster.s3 import S3Server
 from tests.cluster.scenario import Release
 from tests.cluster.target import KUBECONFIG_VARIABLE, Target
-from tests.cluster.waiting import Say, progress_lines
+from tests.cluster.waiting import Say, progress_lines, wait_for
 
 
 def pytest_report_header() -> str:
@@ -94,15 +96,42 @@ def s3(cluster: Target, say: Say) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def release(cluster: Target, say: Say) -> Iterator[Release]:
-    """The chart, installed with images built from this working copy."""
+def images(cluster: Target, say: Say) -> ProjectImages:
+    """Built from this working copy, and on the nodes."""
     ours = cluster.our_own()
     images = project_images.build(say)
     project_images.bring_in(ours, images.operator, say)
     project_images.bring_in(ours, images.trainer, say)
+    return images
+
+
+@pytest.fixture(scope="session")
+def release(cluster: Target, images: ProjectImages, say: Say) -> Iterator[Release]:
+    """The chart, installed with images built from this working copy."""
     release = Release(cluster)
     release.install(images)
     say("chart installed")
     yield release
-    release.save_logs(ours.state.logs)
+    release.save_logs(cluster.our_own().state.logs)
     release.uninstall()
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory, say: Say) -> Iterator[ApiServer]:
+    """etcd and an API server of the tests' own, with our custom resource."""
+    folder = tmp_path_factory.mktemp("api")
+    server = ApiServer(
+        StateFolder(folder), build.binaries(say), build.kubectl_and_helm(say) / "kubectl"
+    )
+    try:
+        server.start_etcd()
+        server.start()
+        crd = project_images.ROOT / "charts/tempflow/files/crd.yaml"
+        server.kubectl.run("apply", "-f", str(crd))
+        server.kubectl.run("wait", "-f", str(crd), "--for=condition=Established")
+        # Established is said a moment before it is served.
+        wait_for("our kind", lambda: server.serves(naming.PLURAL), deadline_seconds=20)
+        server.start_garbage_collector()
+        yield server
+    finally:
+        server.end()

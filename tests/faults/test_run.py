@@ -155,6 +155,26 @@ def test_a_killed_rank_is_one_error_and_the_run_continues(job: Path) -> None:
     assert len(committed(folder(job))) > 0
 
 
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_the_own_error_of_one_rank_is_the_cause(job: Path, strategy: str) -> None:
+    """The other waits for it, in a sum or in a forward, and loses it within seconds."""
+    manifest = yaml.safe_load(job.read_text())
+    spec = manifest["spec"]
+    # The second process draws the second prompt, whose word the model does not know.
+    spec["data"] = {"prompts": ["a one", "a dragon"], "shuffle": False}
+    spec["evaluation"] |= {"imagesPerPrompt": 1}
+    spec["compute"] |= {"processesPerNode": 2, "strategy": strategy}
+    job.write_text(yaml.safe_dump(manifest))
+    process = start(job)
+    code, output = finish(process)
+    failed = (folder(job) / "ranks" / "rank-1.json").stat().st_mtime
+    assert time.time() - failed < 20
+    assert code == ExitCode.INVALID, output
+    assert "unknown word 'dragon'" in output
+    assert "lost a peer" not in output.splitlines()[-1]
+    assert not processes_of(job)
+
+
 def test_kill_9_of_everything_leaves_only_whole_checkpoints(job: Path, undisturbed: str) -> None:
     process = start(job)
     wait_for(lambda: len(committed(folder(job))) > 1, process)
@@ -187,7 +207,7 @@ def test_a_full_disk_keeps_what_was_complete(job: Path, tmp_path: Path) -> None:
         timeout=PATIENCE_SECONDS,
         check=False,
     )
-    assert done.returncode == ExitCode.STORE, done.stdout + done.stderr
+    assert done.returncode == ExitCode.UNCOMMITTED, done.stdout + done.stderr
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     seen = tmp_path / "seen" / "faulty"

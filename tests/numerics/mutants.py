@@ -238,8 +238,8 @@ MUTANTS = (
     Mutant(
         "kl without gradient",
         "experience.py",
-        "kl_sum = self._divergence_B(batch, now, before).sum()",
-        "kl_sum = self._divergence_B(batch, now, before).sum().detach()",
+        "kl_B = self._divergence_B(batch, now, before)",
+        "kl_B = self._divergence_B(batch, now, before).detach()",
         "numerics/test_objective.py"
         "::test_divergence_is_from_the_model_before_training_and_pulls_back_to_it",
     ),

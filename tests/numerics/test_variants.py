@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tempflow_api.errors import ManifestInvalid
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import Advantage, Algorithm, BranchSet, JobSpec, Sampling, Tail
 from tempflow_trainer import loop
@@ -184,3 +185,9 @@ def test_the_table_has_every_value_of_every_option() -> None:
     }
     for (section, name), found in seen.items():
         assert found == values(section, name), name
+
+
+def test_a_model_that_guides_itself_has_no_unconditional_velocity_to_leave_out() -> None:
+    spec = spec_with(GUIDED, {"algorithm.guidanceGradient": "conditional"})
+    with pytest.raises(ManifestInvalid, match=r"guidanceGradient: is both for builtin:digits"):
+        run_of(spec, Mlp(guided=False))

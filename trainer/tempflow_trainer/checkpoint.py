@@ -1,17 +1,21 @@
 """Save and restore a run: whole steps or nothing.
 
 Files are staged on local disk, copied into a folder of their own, and then a manifest that lists
-them with their digests is created. A folder without manifest does not exist; a file that differs
-from its manifest makes the reader fall back to the checkpoint before, never to zero in silence.
+them with their digests is created, and then the entry of the ledger that makes it count. A folder
+without manifest does not exist; a file that differs from its manifest makes the reader fall back to
+the checkpoint before, never to zero in silence.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,9 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.checkpoint_layout import CheckpointManifest, StoredFile
-from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
-from tempflow_trainer import sharding
+from tempflow_api.checkpoint_layout import CheckpointManifest, Folder, StoredFile
+from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
+from tempflow_trainer import ledger, sharding
+from tempflow_trainer.ledger import Ledger
+from tempflow_trainer.retention import Retention
 from tempflow_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,6 +42,10 @@ TRAINED, AVERAGE, OPTIMIZER, COUNTERS = (
     "counters.json",
 )
 MOST_FALLBACKS = 3
+FORGET_SECONDS = 30.0
+FILES_AT_ONCE = 4
+SPACE = 1.2
+"""Free space asked for before staging, as a multiple of what is to be written."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,11 @@ class State:
     optimizer: dict[str, Tensor]
     totals: dict[str, float]
     """Counters of the whole run so far, for its summary."""
+
+
+def host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in memory, which training does not change any more."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def optimizer_tensors(
@@ -85,107 +100,214 @@ def restore_optimizer(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-@dataclass(frozen=True)
+@dataclass
+class Staged:
+    """Files of a checkpoint on local disk, ready to be sent."""
+
+    local: Path
+    step: int
+    files: list[StoredFile]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass
 class Checkpoints:
-    """The checkpoints of one run in one store, written by one attempt."""
+    """The checkpoints of one run in one store, written by one start of it."""
 
     store: Store
     staging: Path
     attempt: int
     world_size: int
-    keep_last: int
+    retention: Retention
+    save_seconds: float = 1800.0
+    """A save is given up after so long."""
+    ledger: Ledger | None = None
+    """Since ``begin``, on the rank that writes."""
+    parent: str | None = None
+    """What the next checkpoint continues from."""
+    _evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def save(self, state: State, export: Callable[[Path], None]) -> str:
+    def begin(self) -> str | None:
+        """Take the run over; the folder to continue from, None in a run without checkpoints.
+
+        Raises:
+            Fenced: a later attempt has the run.
+            CheckpointCorrupt: there are checkpoints, and the newest few are all damaged.
+            StoreUnavailable: the store does not answer; that says nothing about a checkpoint.
+        """
+        self.ledger = Ledger.claim(self.store, self.attempt, self._soundest)
+        self.parent = self.ledger.newest.resumed_from
+        return f"{layout.CHECKPOINTS}/{self.parent}" if self.parent else None
+
+    def save(
+        self,
+        state: State,
+        export: Callable[[Path], None],
+        evaluation: Mapping[str, float] | None = None,
+    ) -> str:
         """Write the state and the exported result; returns the checkpoint's folder.
 
         Raises:
             StoreUnavailable: a full or unwritable disk, or a store that refuses. Nothing that
                 was complete before is touched, what is half-written is removed or has no
                 manifest.
+            Fenced: a newer start has taken the run over.
+        """
+        with self.staged(state, export) as staged:
+            return self.send(staged, evaluation or {})
+
+    @contextmanager
+    def staged(self, state: State, export: Callable[[Path], None]) -> Iterator[Staged]:
+        """A context in which the files of a checkpoint, with their digests, are on local disk.
+
+        Raises:
+            StoreUnavailable: a full or unwritable disk.
         """
         local = self.staging / f"save-{uuid.uuid4().hex}"
         try:
-            _stage(local, state, export)
-            return self._commit(local, state.epochs_done)
-        except (OSError, SafetensorError) as error:
-            raise StoreUnavailable(f"cannot stage a checkpoint in {local}: {error}") from error
+            try:
+                _check_space(self.staging, state)
+                _stage(local, state, export)
+                files = [_describe(local, f) for f in sorted(local.rglob("*")) if f.is_file()]
+            except (OSError, SafetensorError) as error:
+                raise StoreUnavailable(f"cannot stage a checkpoint in {local}: {error}") from error
+            yield Staged(local, state.epochs_done, files)
         finally:
             shutil.rmtree(local, ignore_errors=True)
 
-    def _commit(self, local: Path, step: int) -> str:
-        folder = self._fresh_folder(step)
-        files = [_describe(local, file) for file in sorted(local.rglob("*")) if file.is_file()]
+    def send(self, staged: Staged, evaluation: Mapping[str, float]) -> str:
+        """Copy staged files into a folder of their own, and make it count; returns the folder.
+
+        Raises:
+            StoreUnavailable: as ``save`` says.
+            Fenced: as ``save`` says.
+        """
+        store, ledger = self.store.within(self.save_seconds), self._claimed()
+        ledger.check(store)
+        folder = self._fresh_folder(store, staged.step)
         sent: list[str] = []
         try:
-            for file in files:
+            for file in staged.files:
                 sent.append(f"{folder}/{file.path}")
-                self.store.put(local / file.path, sent[-1])
+                store.put(staged.local / file.path, sent[-1])
         except StoreUnavailable:
             self._forget(sent)
             raise
-        manifest = CheckpointManifest(
-            step=step,
-            attempt=self.attempt,
-            nonce=uuid.uuid4().hex,
-            world_size=self.world_size,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=files,
-        )
-        content = manifest.model_dump_json(by_alias=True, indent=1).encode()
-        if not self.store.create(f"{folder}/{layout.MANIFEST}", content):
-            self._check_own(folder, manifest.nonce)
-        self._retire(step)
+        name = folder.rpartition("/")[2]
+        self._complete(store, folder, staged, evaluation)
+        self._evaluations[name] = dict(evaluation)
+        self._make_count(store, name)
+        self.parent = name
         return folder
 
-    def _check_own(self, folder: str, nonce: str) -> None:
+    def _complete(
+        self, store: Store, folder: str, staged: Staged, evaluation: Mapping[str, float]
+    ) -> None:
+        manifest = CheckpointManifest(
+            step=staged.step,
+            attempt=self.attempt,
+            incarnation=self._claimed().newest.incarnation,
+            parent=self.parent,
+            nonce=uuid.uuid4().hex,
+            world_size=self.world_size,
+            time=_now(),
+            evaluation=dict(evaluation),
+            files=staged.files,
+        )
+        content = manifest.model_dump_json(by_alias=True, indent=1).encode()
         # A reply that is lost makes the repeated request find its own manifest.
-        if self._read_manifest(folder).nonce != nonce:
-            raise StoreUnavailable(f"{self.store.uri}/{folder} was completed by another process")
+        if (
+            not store.create(f"{folder}/{layout.MANIFEST}", content)
+            and self._read_manifest(folder).nonce != manifest.nonce
+        ):
+            raise Fenced(f"{store.uri}/{folder} was completed by another process")
 
-    def _fresh_folder(self, step: int) -> str:
-        taken = {key.split("/")[1] for key in self.store.find(layout.CHECKPOINTS)}
+    def _make_count(self, store: Store, name: str) -> None:
+        """The entry of the ledger; then what follows from it, which may fail without harm."""
+        pinned = frozenset(
+            key.rpartition("/")[2].removesuffix(".json") for key in store.find(layout.PINS)
+        )
+
+        def retained(names: list[str]) -> list[str]:
+            folders = [folder for n in names if (folder := layout.parse_folder(n)) is not None]
+            kept = self.retention.kept(folders, self._evaluations_of(names), pinned)
+            return [folder.name for folder in kept]
+
+        retired = self._claimed().commit(name, retained, store)
+        try:
+            self._hint(store, name)
+            for old in retired:
+                folder = f"{layout.CHECKPOINTS}/{old}"
+                keys = sorted(store.find(folder), key=lambda k: not k.endswith(layout.MANIFEST))
+                store.delete(keys)
+        except StoreUnavailable as error:
+            log.warning("the checkpoint is complete, but cleaning up after it failed: %s", error)
+
+    def _evaluations_of(self, names: list[str]) -> dict[str, dict[str, float]]:
+        """Metrics by folder; asked for in the store once a folder, and only if they decide."""
+        for name in names if self.retention.best_count else []:
+            if name not in self._evaluations:
+                try:
+                    found = self._read_manifest(f"{layout.CHECKPOINTS}/{name}").evaluation
+                except CheckpointCorrupt:
+                    found = {}
+                self._evaluations[name] = found
+        return self._evaluations
+
+    def _hint(self, store: Store, name: str) -> None:
+        folder = layout.parse_folder(name)
+        latest = layout.Latest(folder=name, step=folder.step if folder else 0, time=_now())
+        file = self.staging / f"latest-{uuid.uuid4().hex}.json"
+        try:
+            file.write_text(latest.model_dump_json(by_alias=True, indent=1))
+            store.put(file, layout.LATEST)
+        except OSError as error:
+            raise StoreUnavailable(f"cannot write {file}: {error.strerror}") from error
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _claimed(self) -> Ledger:
+        if self.ledger is None:
+            raise ValueError("begin() comes before the first save")
+        return self.ledger
+
+    def _fresh_folder(self, store: Store, step: int) -> str:
+        incarnation = self._claimed().newest.incarnation
+        taken = {key.split("/")[1] for key in store.find(layout.CHECKPOINTS)}
         save = 1
-        while layout.folder_name(step, self.attempt, save) in taken:
+        while layout.folder_name(step, self.attempt, incarnation, save) in taken:
             save += 1
-        return f"{layout.CHECKPOINTS}/{layout.folder_name(step, self.attempt, save)}"
+        return f"{layout.CHECKPOINTS}/{layout.folder_name(step, self.attempt, incarnation, save)}"
 
     def _forget(self, keys: list[str]) -> None:
+        # With time of its own: the save's may be used up.
         try:
-            self.store.delete(keys)
+            self.store.within(FORGET_SECONDS).delete(keys)
         except StoreUnavailable as error:
             log.warning("left an incomplete checkpoint behind: %s", error)
 
-    def _retire(self, newest: int) -> None:
-        """Delete complete checkpoints beyond the last ``keep_last``, manifest first."""
-        complete = self.complete()
-        for folder in [f for f, step in complete if step <= newest][self.keep_last :]:
-            keys = sorted(self.store.find(folder), key=lambda k: not k.endswith(layout.MANIFEST))
-            try:
-                self.store.delete(keys)
-            except StoreUnavailable as error:
-                log.warning("an old checkpoint stays: %s", error)
-
-    def complete(self) -> list[tuple[str, int]]:
-        """(folder, step) of every folder with a manifest, newest first."""
-        found = []
-        for key in self.store.find(layout.CHECKPOINTS):
-            folder, _, file = key.rpartition("/")
-            parsed = layout.parse_folder(folder.rpartition("/")[2])
-            if file == layout.MANIFEST and parsed is not None:
-                found.append((parsed, folder))
-        return [(folder, parsed[0]) for parsed, folder in sorted(found, reverse=True)]
+    def committed(self) -> list[Folder]:
+        """The checkpoints that count, newest first."""
+        return ledger.look(self.store).committed
 
     def newest_sound(self) -> str | None:
-        """The newest checkpoint that passes validation; None in a run that has none.
+        """The folder of the newest checkpoint that passes validation; None in a run without any.
 
         Raises:
             CheckpointCorrupt: there are checkpoints, and the newest few are all damaged.
             StoreUnavailable: the store does not answer; that says nothing about a checkpoint.
         """
+        found = self._soundest(self.committed())
+        return f"{layout.CHECKPOINTS}/{found.name}" if found else None
+
+    def _soundest(self, newest_first: Sequence[Folder]) -> Folder | None:
         failures = []
-        for folder, _ in self.complete()[:MOST_FALLBACKS]:
+        for folder in newest_first[:MOST_FALLBACKS]:
             try:
-                self.load(folder)
+                self.load(f"{layout.CHECKPOINTS}/{folder.name}")
                 return folder
             except CheckpointCorrupt as error:
                 log.warning("checkpoint skipped: %s", error)
@@ -206,28 +328,65 @@ class Checkpoints:
         """
         local = self.staging / f"load-{uuid.uuid4().hex}"
         there = self.store.find(folder)
+        files = [
+            file
+            for file in self._read_manifest(folder).files
+            if file.path.startswith(f"{layout.STATE}/")
+        ]
         try:
-            for file in self._read_manifest(folder).files:
-                if not file.path.startswith(f"{layout.STATE}/"):
-                    continue
+            for file in files:
                 if f"{folder}/{file.path}" not in there:
                     raise CheckpointCorrupt(f"{folder}/{file.path} is missing")
-                self.store.get(f"{folder}/{file.path}", local / file.path)
-                if _describe(local, local / file.path) != file:
-                    raise CheckpointCorrupt(f"{folder}/{file.path} differs from its manifest")
+            # One is hashed while another travels.
+            with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+                list(pool.map(lambda file: self._fetch(folder, file, local), files))
             return _read_state(local / layout.STATE)
         finally:
             shutil.rmtree(local, ignore_errors=True)
 
-    def _read_manifest(self, folder: str) -> CheckpointManifest:
-        local = self.staging / f"manifest-{uuid.uuid4().hex}.json"
+    def _fetch(self, folder: str, file: StoredFile, local: Path) -> None:
+        key = f"{folder}/{file.path}"
         try:
-            self.store.get(f"{folder}/{layout.MANIFEST}", local)
-            return CheckpointManifest.model_validate_json(local.read_bytes())
+            self.store.get(key, local / file.path)
+        except StoreUnavailable:
+            self._check_there(key)
+            raise
+        if _describe(local, local / file.path) != file:
+            raise CheckpointCorrupt(f"{key} differs from its manifest")
+
+    def _check_there(self, key: str) -> None:
+        """An older start may be deleting what it lets go of: that is no store that fails."""
+        if key not in self.store.find(key):
+            raise CheckpointCorrupt(f"{key} is missing")
+
+    def _read_manifest(self, folder: str) -> CheckpointManifest:
+        key = f"{folder}/{layout.MANIFEST}"
+        try:
+            manifest = CheckpointManifest.model_validate_json(self.store.read(key))
+        except StoreUnavailable:
+            self._check_there(key)
+            raise
         except (ValidationError, UnicodeDecodeError) as error:
             raise CheckpointCorrupt(f"{folder}: its manifest is damaged") from error
-        finally:
-            local.unlink(missing_ok=True)
+        named = layout.parse_folder(folder.rpartition("/")[2])
+        said = (manifest.step, manifest.attempt, manifest.incarnation)
+        if named is not None and said != (named.step, *named.writer):
+            raise CheckpointCorrupt(f"{folder}: its manifest is of another checkpoint")
+        return manifest
+
+
+def _check_space(folder: Path, state: State) -> None:
+    """OSError before a disk is filled that other processes need, too."""
+    parts = (state.trained, state.average, state.optimizer)
+    # The result is written beside the state, and is about as large as the average.
+    sizes = [t.numel() * t.element_size() for part in (*parts, parts[1]) for t in part.values()]
+    free = shutil.disk_usage(folder).free
+    if free < SPACE * sum(sizes):
+        raise OSError(
+            errno.ENOSPC,
+            f"{free} bytes are free, {int(SPACE * sum(sizes))} are needed",
+            str(folder),
+        )
 
 
 def _stage(local: Path, state: State, export: Callable[[Path], None]) -> None:
@@ -255,6 +414,10 @@ def _read_state(folder: Path) -> State:
         optimizer=load_file(folder / OPTIMIZER),
         totals=counters["totals"],
     )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

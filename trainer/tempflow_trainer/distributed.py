@@ -1,13 +1,16 @@
 """The ranks of a run: who they are, and the few things they tell each other."""
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tempflow_api.errors import TempFlowError, of_code
 
 # A reward may be slow; a rank that waits for its peers is not a rank that hangs.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -74,6 +77,23 @@ class Ranks:
             content = torch.zeros(int(length), dtype=torch.uint8)
         dist.broadcast(content, src=0)
         return bytes(content.tolist()).decode()
+
+    def on_first(self, action: Callable[[], str]) -> str:
+        """What ``action`` returns on rank 0, on every rank; its error is raised on every rank."""
+        answer: dict[str, str | int] = {}
+        if self.is_first:
+            try:
+                answer = {"value": action()}
+            except TempFlowError as error:
+                answer = {"code": int(error.exit_code), "message": str(error)}
+        answer = json.loads(self.from_first(json.dumps(answer)))
+        if "code" in answer:
+            raise of_code(int(answer["code"]), str(answer["message"]))
+        return str(answer["value"])
+
+    def agreed(self, question: Callable[[], bool]) -> bool:
+        """Rank 0's answer, on every rank."""
+        return self.on_first(lambda: "yes" if question() else "") == "yes"
 
 
 def join() -> Ranks:

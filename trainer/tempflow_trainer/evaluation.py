@@ -10,12 +10,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tempflow_api.errors import RewardFailed
+from tempflow_api.record import Evaluation as EvaluationLine
+from tempflow_api.record import Spread
 from tempflow_trainer import seeds
 from tempflow_trainer.algorithm.combination import total_GSK
 from tempflow_trainer.data import Prompt
 from tempflow_trainer.distributed import Ranks
+from tempflow_trainer.metrics import now
 from tempflow_trainer.rewards.base import Reward
 from tempflow_trainer.rollout import Walker
+from tempflow_trainer.scoring import Scoring
 
 LEAST_CELL_PIXELS = 56
 LABEL_PIXELS = 120
@@ -63,11 +67,15 @@ class Evaluator:
         images = self._draw(mine + filling)[: len(mine)] if mine + filling else NO_IMAGES
         texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
         prompts = (index_N // self.images_per_prompt).tolist()
-        scores = (
-            self.reward.score(images, texts, metadata, groups=prompts, held_out=True)
-            if mine
-            else {}
-        )
+        scoring = Scoring([term.name for term in self.reward.terms], self.ranks)
+        if mine:
+            scoring.submit(
+                len(mine),
+                lambda on_call: self.reward.score(
+                    images, texts, metadata, groups=prompts, held_out=True, on_call=on_call
+                ),
+            )
+        scores = scoring.wait()
         order = torch.cat(self.ranks.gather_rows(index_N)).argsort()
         names = [term.name for term in self.reward.terms]
         gathered = {
@@ -141,3 +149,36 @@ def write_grid(images_PM3HW: Tensor, labels: Sequence[str], file: Path) -> None:
     partial = file.with_suffix(".partial")
     grid.save(partial, format="PNG", optimize=True)
     partial.replace(file)
+
+
+def line_of(epoch: int, found: Evaluation, grid: str | None) -> EvaluationLine:
+    """An evaluation as it is recorded."""
+    spreads = {
+        name: Spread(**_moments(values))
+        for name, values in found.scores.items()
+        if bool(values.isfinite().any())
+    }
+    total = _moments(found.total)
+    return EvaluationLine(
+        epoch=epoch,
+        time=now(),
+        reward=total["mean"],
+        reward_std=total["std"],
+        rewards=spreads,
+        missing_scores={name: int(v.isnan().sum()) for name, v in found.scores.items()},
+        diversity=found.diversity,
+        images=len(found.total),
+        grid=grid,
+    )
+
+
+def means_of(line: EvaluationLine) -> dict[str, float]:
+    """Means by name, as a checkpoint's manifest has them."""
+    found = {"reward": line.reward, **{name: s.mean for name, s in line.rewards.items()}}
+    return {name: mean for name, mean in found.items() if math.isfinite(mean)}
+
+
+def _moments(values: Tensor) -> dict[str, float]:
+    """Of the scores that are there."""
+    there = values[values.isfinite()]
+    return {"mean": float(there.mean()), "std": float(there.std(correction=0))}

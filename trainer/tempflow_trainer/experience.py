@@ -39,6 +39,14 @@ class Experience:
     """Under the weights of the rollout; None where they are still the current ones."""
     old_mean_BCHW: Tensor | None = None
     """Likewise the mean of the step, where the ratio needs it."""
+    counts_B: Tensor | None = None
+    """1 for rows that are learned from and 0 for those that are left out, which are computed all
+    the same: with sharded weights every rank has to make as many calls. None if all count."""
+
+    @property
+    def counted(self) -> float:
+        """How many rows are learned from."""
+        return float(len(self) if self.counts_B is None else self.counts_B.sum())
 
     def __len__(self) -> int:
         return len(self.states_BCHW)
@@ -49,9 +57,9 @@ class Experience:
         return replace(self, **tensors)
 
     def micro_batches(self, rows_per_call: int) -> Iterator["Experience"]:
-        """All rows in order, at most ``rows_per_call`` at a time; none if there are none."""
-        for start in range(0, len(self), rows_per_call):
-            yield self.rows(torch.arange(start, min(start + rows_per_call, len(self))))
+        """All rows in order, at most ``rows_per_call`` at a time."""
+        for index_B in torch.arange(len(self)).split(rows_per_call):
+            yield self.rows(index_B)
 
 
 def of_rollouts(
@@ -75,10 +83,6 @@ def of_rollouts(
         weight_B=weights_S[step_B],
         branch_B=step_B,
     )
-
-
-LOSS_SUMS = ("policy", "kl", "clipped", "drift")
-"""What ``Objective.loss_sums`` gives, also for a rank that has no rows."""
 
 
 @dataclass(frozen=True)
@@ -146,16 +150,19 @@ class Objective:
             weight_B=batch.weight_B,
             clip_range=self.clip_range,
         )
-        kl_sum = torch.zeros((), device=log_ratio_BK.device)
+        kl_B = torch.zeros(len(batch), device=log_ratio_BK.device)
         if before is not None:
-            kl_sum = self._divergence_B(batch, now, before).sum()
+            kl_B = self._divergence_B(batch, now, before)
         seen_BK = log_ratio_BK.detach()
-        return {
-            "policy": policy_BK.mean(dim=1).sum(),
-            "kl": kl_sum,
-            "clipped": loss.clipped_share_BK(seen_BK, self.clip_range).mean(dim=1).sum(),
-            "drift": (seen_BK.exp() - 1).abs().mean(dim=1).sum(),
+        found = {
+            "policy": policy_BK.mean(dim=1),
+            "kl": kl_B,
+            "clipped": loss.clipped_share_BK(seen_BK, self.clip_range).mean(dim=1),
+            "drift": (seen_BK.exp() - 1).abs().mean(dim=1),
         }
+        if batch.counts_B is not None:
+            found = {name: value * batch.counts_B.to(value) for name, value in found.items()}
+        return {name: value.sum() for name, value in found.items()}
 
     def _log_ratio_BK(self, batch: Experience, mean_BCHW: Tensor) -> Tensor:
         log_prob_BK = self.log_probs_BK(batch, mean_BCHW)
@@ -188,7 +195,7 @@ class Objective:
         the rollout, from other batch shapes, would differ by rounding as large as the clip range
         in half precision.
         """
-        log_probs, means = [experience.advantages_BK[:0]], [experience.states_BCHW[:0]]
+        log_probs, means = list[Tensor](), list[Tensor]()
         for batch in experience.micro_batches(rows_per_call):
             old = self.predict(batch, policy, conditioning, purpose="training")
             log_probs.append(self.log_probs_BK(batch, old.mean_BCHW).cpu())

@@ -7,7 +7,8 @@ optimizer steps. What differs between models, rewards and variants is in the par
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from tempflow_trainer.models.base import Conditioning, Policy
 from tempflow_trainer.models.tuning import Tuning
 from tempflow_trainer.rewards.base import Reward
 from tempflow_trainer.rollout import Rollouts, Walker
+from tempflow_trainer.scoring import OnCall, Scoring
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Run:
     """Whether activations are float16, so small that gradients vanish unless they are scaled."""
     clock: Stopwatch
     stop_requested: Callable[[], bool]
+    groups_per_rollout: int | None = None
+    """Groups drawn at once, and scored while the next ones are drawn; None: all."""
     updates_done: int = 0
 
     def check_stop(self) -> None:
@@ -85,13 +89,13 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     plan = run.exploration.plan(epoch)
     shares = run.order.shares(epoch, rank=run.ranks.rank, world=run.ranks.world)
     groups = [group for share in shares for group in share]
+    scoring = Scoring(run.reward.trained_names, run.ranks, run.stop_requested, run.clock)
     with run.clock("rollout"):
         conditioning = _encode(run, groups)
-        starts_GCHW, noise = _randomness(run, epoch, groups, plan)
-        rollouts = run.walker.collect(plan, starts_GCHW, conditioning, noise)
+        rollouts = _roll_out(run, epoch, plan, groups, conditioning, scoring)
     run.check_stop()
     with run.clock("scoring"):
-        scores = _score(run, rollouts.latents_NCHW, groups, plan)
+        scores = scoring.wait()
     run.check_stop()
     with run.clock("update"):
         combined, mine = _combine(run, rollouts, scores, groups)
@@ -105,7 +109,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
         kept_GS = combined.kept_GS[mine].repeat_interleave(plan.states_per_step, dim=1)
         parts = learned_by_share(learned, shares, kept_GS)
         if not bool(combined.kept_GS.all()):
-            parts = [part for part in parts if run.ranks.any(len(part) > 0)]
+            parts = [part for part in parts if run.ranks.any(part.counted > 0)]
         if len(parts) > 1:
             parts = [
                 run.objective.with_old_log_probs(
@@ -128,8 +132,8 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
 def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, float]:
     """One optimizer step on the mean loss over all rows of all ranks; returns its metrics."""
     run.optimizer.zero_grad(set_to_none=False)
-    sums = {name: torch.zeros(()) for name in ex.LOSS_SUMS}
-    rows = torch.tensor(float(len(part)), dtype=torch.float64)
+    sums: dict[str, Tensor] = {}
+    rows = torch.tensor(part.counted, dtype=torch.float64)
     run.ranks.sum_([rows])
     # A power of two, so nothing is rounded: it lifts what the means over rows and latents made
     # small, in the backward alone. A fixed one is no state that a checkpoint would have to hold.
@@ -140,7 +144,7 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
         loss = found["policy"] + run.objective.kl_coefficient * found["kl"]
         (loss * scale / float(rows)).backward()
         for name, value in found.items():
-            sums[name] = sums[name] + value.detach().cpu()
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
     parameters = list(run.tuning.parameters().values())
     for parameter in parameters:
         if parameter.grad is None:
@@ -172,11 +176,12 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
 def learned_by_share(
     learned: Experience, shares: Sequence[Sequence[Group]], kept_GS: Tensor
 ) -> list[Experience]:
-    """The rows of each update that are kept: its groups are consecutive."""
-    rows = torch.arange(len(learned))
+    """The rows of each update: its groups are consecutive. Rows that are not kept do not
+    count."""
+    if not bool(kept_GS.all()):
+        learned = replace(learned, counts_B=kept_GS.flatten().float())
     sizes = [len(share) * kept_GS.shape[1] for share in shares]
-    kept_B = kept_GS.flatten()
-    return [learned.rows(index_B[kept_B[index_B]]) for index_B in rows.split(sizes)]
+    return [learned.rows(index_B) for index_B in torch.arange(len(learned)).split(sizes)]
 
 
 def _encode(run: Run, groups: Sequence[Group]) -> Conditioning:
@@ -210,8 +215,32 @@ def _randomness(
     return torch.stack([draw(group, "start") for group in groups]), noise
 
 
+def _roll_out(
+    run: Run,
+    epoch: int,
+    plan: BranchPlan,
+    groups: Sequence[Group],
+    conditioning: Conditioning,
+    scoring: Scoring,
+) -> Rollouts:
+    """Trajectories of all groups; what is finished is scored while the next ones are drawn."""
+    parts: list[Rollouts] = []
+    for index_G in torch.arange(len(groups)).split(run.groups_per_rollout or len(groups)):
+        some = [groups[i] for i in index_G.tolist()]
+        starts_GCHW, noise = _randomness(run, epoch, some, plan)
+        part = run.walker.collect(plan, starts_GCHW, conditioning.rows(index_G), noise)
+        latents = part.latents_NCHW
+        scoring.submit(len(latents), partial(_score, run, plan, latents, some))
+        parts.append(part)
+    return Rollouts.joined(parts)
+
+
 def _score(
-    run: Run, latents_NCHW: Tensor, groups: Sequence[Group], plan: BranchPlan
+    run: Run,
+    plan: BranchPlan,
+    latents_NCHW: Tensor,
+    groups: Sequence[Group],
+    on_call: OnCall,
 ) -> dict[str, Tensor]:
     """Decode and score, a call's rows at a time, so that images never pile up."""
     owners = [group for group in groups for _ in range(plan.images_per_group)]
@@ -228,6 +257,7 @@ def _score(
                 [p.text for p in prompts],
                 [p.metadata for p in prompts],
                 groups=(rows // plan.draws).tolist(),
+                on_call=on_call,
             )
         )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -17,12 +18,14 @@ from tempflow_api import naming
 from tempflow_api.errors import (
     DeviceMissing,
     ExitCode,
+    ManifestInvalid,
+    Problem,
     RewardFailed,
     StoreUnavailable,
     TempFlowError,
 )
 from tempflow_api.rules import broken_rules
-from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
+from tempflow_api.v1alpha1 import Checkpoint, JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import sde
 from tempflow_trainer.algorithm.advantages import AdvantageRule
@@ -39,8 +42,10 @@ from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy, TextEncoder
 from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
+from tempflow_trainer.origin import Origin, older_runs
 from tempflow_trainer.progress import ProgressServer
-from tempflow_trainer.rewards import registry
+from tempflow_trainer.retention import Retention
+from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
@@ -49,6 +54,8 @@ from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
+# Scoring of the last part is waited for, so more parts hide more; fewer have fuller calls.
+SERVED_PARTS = 8
 # What to change when the device's memory does not suffice, by the phase in which it did not.
 MEMORY_REMEDIES = {
     "start": "set spec.model.precision to bfloat16, spec.compute.textCacheMebibytes, or "
@@ -100,9 +107,16 @@ def build_run(
     """The parts of a run, from a specification that keeps all rules.
 
     Raises:
+        ManifestInvalid: guidance that this model does not have.
         RewardFailed: a reward that does not exist, or compares draws where there is one.
     """
     algorithm, sampling = spec.algorithm, spec.sampling
+    if algorithm.guidance_gradient == "conditional" and not model.classifier_free:
+        problem = Problem(
+            "spec.algorithm.guidanceGradient",
+            f"is both for {spec.model.source}: it guides itself, without an unconditional velocity",
+        )
+        raise ManifestInvalid("the job", [problem])
     set_memory_savers(spec, model)
     tuning = tuning_of(spec, model)
     if spec.compute.strategy == "shard" and ranks.world > 1:
@@ -157,7 +171,17 @@ def build_run(
         half_range=spec.model.precision == "float16" and spec.model.lora is not None,
         clock=Stopwatch(),
         stop_requested=stop_requested,
+        groups_per_rollout=_groups_per_rollout(spec, ranks.world),
     )
+
+
+def _groups_per_rollout(spec: JobSpec, world: int) -> int | None:
+    """Parts only where scoring needs no processor of ours: drawing in parts costs a little."""
+    asked = spec.compute.groups_per_rollout
+    if asked is not None or not any(term.service for term in spec.rewards):
+        return asked
+    groups = spec.algorithm.prompts_per_epoch * spec.algorithm.seeds_per_prompt
+    return math.ceil(groups / world / SERVED_PARTS)
 
 
 def set_memory_savers(spec: JobSpec, model: FlowModel) -> None:
@@ -225,6 +249,17 @@ def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
     )
 
 
+def retention_of(settings: Checkpoint) -> Retention:
+    """Which checkpoints a run keeps."""
+    best = settings.keep_best
+    return Retention(
+        settings.keep_last,
+        settings.keep_every,
+        best_metric=best.metric if best else "reward",
+        best_count=best.count if best else 0,
+    )
+
+
 def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]) -> None:
     """Everything that a rank does; raises what ends it other than success."""
     spec, environment = job.spec, os.environ
@@ -241,12 +276,14 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         raise StoreUnavailable(f"cannot write to {work}: {error.strerror}") from error
     run_id = environment.get(naming.ENV_RUN_ID, job.metadata.name)
     store = open_store(spec.checkpoint, run_id, work.parent)
+    runs, _, run_folder = run_id.rpartition("/")
     if spec.compute.preflight:
         preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
     elif ranks.is_first:
         store.probe()
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
+    remote.check(spec.rewards)
     cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
     model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")
@@ -260,10 +297,13 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
             staging,
             int(environment.get(naming.ENV_ATTEMPT, "0")),
             ranks.world,
-            spec.checkpoint.keep_last,
+            retention_of(spec.checkpoint),
+            spec.checkpoint.save_timeout_seconds,
         ),
         record=record,
         announce=server.announce if server else lambda _progress: None,
+        origin=Origin.of(spec.init_from, spec.checkpoint, staging) if spec.init_from else None,
+        older_runs=lambda: older_runs(open_store(spec.checkpoint, runs, work.parent), run_folder),
         run_id=run_id,
         tracking=Tracking.of(spec, job.metadata.name, work) if ranks.is_first else Tracking(),
     ).train()

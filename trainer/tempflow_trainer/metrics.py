@@ -23,6 +23,8 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.hidden: dict[str, float] = {}
+        """Seconds of work that ran beside another phase, by the phase that it belongs to."""
         self.on_phase: Callable[[str], None] = lambda _phase: None
 
     @contextmanager
@@ -37,6 +39,10 @@ class Stopwatch:
             raise
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def hide(self, phase: str, seconds: float) -> None:
+        """Add to ``hidden``."""
+        self.hidden[phase] = self.hidden.get(phase, 0.0) + seconds
 
     def since(self, before: dict[str, float]) -> dict[str, float]:
         """Seconds by phase after a copy of ``seconds`` was taken."""

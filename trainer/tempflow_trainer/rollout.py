@@ -7,6 +7,7 @@ evaluations.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,6 +38,20 @@ class Rollouts:
     def rewards_GSK(self, rewards_N: Tensor) -> Tensor:
         """Rewards of the images, credited to the draws."""
         return rewards_N[self.image_of_GSK]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
+        """Rollouts of groups that follow one another, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        firsts = [0, *accumulate(len(part.latents_NCHW) for part in parts)]
+        image_of = [part.image_of_GSK + n for part, n in zip(parts, firsts, strict=False)]
+        return cls(
+            torch.cat([part.states_GSRCHW for part in parts]),
+            torch.cat([part.draws_GSKCHW for part in parts]),
+            torch.cat([part.latents_NCHW for part in parts]),
+            torch.cat(image_of),
+        )
 
 
 @dataclass

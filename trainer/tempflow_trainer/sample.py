@@ -12,11 +12,13 @@ from tempflow_api.errors import ModelUnavailable, TempFlowError
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import seeds
 from tempflow_trainer.evaluation import write_grid
+from tempflow_trainer.ledger import look
 from tempflow_trainer.main import device_of
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy
 from tempflow_trainer.models.tuning import load_result
 from tempflow_trainer.rollout import Walker
+from tempflow_trainer.store import FolderStore
 
 
 def find_result(start: Path) -> Path:
@@ -28,17 +30,13 @@ def find_result(start: Path) -> Path:
     """
     if (start / layout.CONFIG).is_file():
         return start
-    complete = [
-        (parsed, folder)
-        for folder in (start / layout.CHECKPOINTS).glob("*")
-        if (parsed := layout.parse_folder(folder.name)) and (folder / layout.MANIFEST).is_file()
-    ]
-    if not complete:
+    committed = look(FolderStore(start)).committed if start.is_dir() else []
+    if not committed:
         raise ModelUnavailable(
             f"{start} holds no result: expected a checkpoint's folder with {layout.CONFIG}, or a "
             f"run's folder with {layout.CHECKPOINTS}/"
         )
-    return max(complete)[1]
+    return start / layout.CHECKPOINTS / committed[0].name
 
 
 def read_spec(folder: Path) -> JobSpec:

@@ -9,22 +9,28 @@ weight or moment is different afterwards, to the last bit.
 
 import copy
 import hashlib
+import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tempflow_api import checkpoint_layout as layout
+from tempflow_api.errors import SelfTestFailed
 from tempflow_api.record import SelfTest
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import experience as ex
 from tempflow_trainer import seeds, sharding
 from tempflow_trainer.experience import Experience
 from tempflow_trainer.loop import Run
-from tempflow_trainer.metrics import now
+from tempflow_trainer.metrics import Record, now
 from tempflow_trainer.models.base import Conditioning, Policy
 from tempflow_trainer.rewards.base import Reward
+
+log = logging.getLogger(__name__)
 
 
 def configuration_of(spec: JobSpec) -> str:
@@ -32,6 +38,42 @@ def configuration_of(spec: JobSpec) -> str:
     said = spec.model_dump_json(by_alias=True, include={"model", "sampling", "rewards", "compute"})
     text = f"{said}/{spec.algorithm.clip_range}/{spec.self_test}/{torch.__version__}"
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def once(
+    run: Run, reward: Reward, spec: JobSpec, record: Record, store: Callable[[], None]
+) -> None:
+    """Examine a configuration that was not examined before; ``store`` sends the report away.
+
+    Raises:
+        SelfTestFailed: on every rank, when something is beyond its bound.
+    """
+
+    def known() -> bool:
+        report = record.read(layout.SELF_TEST, SelfTest)
+        same = report is not None and report.configuration == configuration_of(spec)
+        return bool(report and same and problem(report) is None)
+
+    def keep() -> str:
+        record.write(layout.SELF_TEST, report.model_dump_json(by_alias=True, indent=1))
+        store()
+        log.info(
+            "self-test %s: log-probabilities differ by %.2g between rollout and update, by "
+            "%.2g for one row alone (at most %.2g)",
+            "failed" if found else "passed",
+            report.rollout_difference,
+            report.one_row_difference,
+            report.bound,
+        )
+        return ""
+
+    if not spec.self_test.enabled or run.ranks.agreed(known):
+        return
+    report = examine(run, reward, spec)
+    found = problem(report)
+    run.ranks.on_first(keep)
+    if found:
+        raise SelfTestFailed(f"self-test: {found}")
 
 
 @dataclass(frozen=True)

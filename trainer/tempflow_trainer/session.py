@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,25 +13,26 @@ from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import (
-    ConfigChanged,
+    ModelUnavailable,
     Preempted,
-    SelfTestFailed,
     TempFlowError,
     TrainingCollapsed,
     TrainingDiverged,
-    of_code,
 )
 from tempflow_api.record import Evaluation as EvaluationLine
-from tempflow_api.record import Metrics, SelfTest, Spread
-from tempflow_api.rules import Mutability, changed_fields, mutability_of
+from tempflow_api.record import Metrics
+from tempflow_api.record import Save as SaveLine
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import checkpoint, selftest, sharding
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.evaluation import Evaluation, Evaluator, write_grid
+from tempflow_trainer.evaluation import Evaluator, line_of, means_of, write_grid
 from tempflow_trainer.guard import WINDOW, Guard
 from tempflow_trainer.loop import Run, run_epoch
 from tempflow_trainer.metrics import Record, now
+from tempflow_trainer.origin import Origin, check_same_run
+from tempflow_trainer.record_copy import RecordCopy
+from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.summary import summarise
 from tempflow_trainer.tracking import Tracking
 
@@ -37,6 +40,9 @@ log = logging.getLogger(__name__)
 
 ROLLBACKS = "guard.rollbacks"
 """Among the totals of a run."""
+WAIT_SECONDS = 60.0
+END_SECONDS = 25
+"""Of the time between the request to stop and the kill: for the launcher and for what ends."""
 
 
 @dataclass
@@ -50,6 +56,10 @@ class Session:
     record: Record
     announce: Callable[[Progress], None]
     """Told of every change of progress, on rank 0."""
+    origin: Origin | None = None
+    """What a run without a checkpoint of its own starts from."""
+    older_runs: Callable[[], list[str]] = list
+    """Where other runs of the same name lie."""
     run_id: str = ""
     """Which run's progress it is, for whoever asks at this address."""
     tracking: Tracking = field(default_factory=Tracking)
@@ -66,11 +76,23 @@ class Session:
     """Of the last epoch and evaluation."""
     rolled_back: int = 0
     """Times that this process went back."""
+    last_evaluation: EvaluationLine | None = None
+    saver: Saver = field(init=False)
+    copy: RecordCopy = field(init=False)
 
     def __post_init__(self) -> None:
-        """The guard of this run."""
+        """The guard and the saver of this run."""
         held_out = tuple(t.name for t in self.evaluator.reward.terms if t.weight == 0)
         self.guard = Guard(self.spec.guard, self.spec.algorithm.clip_range, held_out)
+        self.copy = RecordCopy(self.record.folder, self.checkpoints.store)
+        settings = self.spec.checkpoint
+        self.saver = Saver(
+            self.checkpoints,
+            wait_seconds=settings.max_wait_seconds,
+            most_failures=settings.max_failed_saves,
+            on_end=self._saved,
+            after=self.copy.send,
+        )
 
     @property
     def rollbacks(self) -> int:
@@ -85,7 +107,7 @@ class Session:
         """
         self.run.clock.on_phase = self._on_phase
         self._resume()
-        self._self_test()
+        selftest.once(self.run, self.evaluator.reward, self.spec, self.record, self.copy.send)
         self.tracking.begin(self.epochs_done or -1)
         try:
             self._to_the_end()
@@ -94,55 +116,27 @@ class Session:
 
     def _to_the_end(self) -> None:
         try:
-            if self.epochs_done == 0:
+            if self.epochs_done == 0 or self.committed is None:
                 self._evaluate()
                 if self.spec.guard.action == "rollback" and self.committed is None:
                     self._save()  # there is always a place to go back to
             while self.epochs_done < self.spec.algorithm.epochs:
                 self._epoch()
         except Preempted:
-            if self.committed != self.epochs_done:
-                self._save()
-            raise Preempted(
-                f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; the "
-                f"state is committed at {self.committed_uri}"
-            ) from None
+            told = self._commit_in_time()
+            raise Preempted(told) from None
+        except Exception:
+            # What ended the run does not concern a checkpoint that is on its way.
+            with suppress(TempFlowError):
+                self.saver.settle(WAIT_SECONDS)
+            raise
+        self._complete()
         self._finish()
 
-    def _self_test(self) -> None:
-        """Once for a configuration: its report is kept with the run.
-
-        Raises:
-            SelfTestFailed: on every rank.
-        """
-        if not self.spec.self_test.enabled or self._on_first(self._self_tested):
-            return
-        report = selftest.examine(self.run, self.evaluator.reward, self.spec)
-        problem = selftest.problem(report)
-        self._on_first(lambda: self._keep(report, problem))
-        if problem:
-            raise SelfTestFailed(f"self-test: {problem}")
-
-    def _keep(self, report: SelfTest, problem: str | None) -> str:
-        self.record.write(layout.SELF_TEST, report.model_dump_json(by_alias=True, indent=1))
-        self._store_record()
-        log.info(
-            "self-test %s: log-probabilities differ by %.2g between rollout and update, by "
-            "%.2g for one row alone (at most %.2g)",
-            "failed" if problem else "passed",
-            report.rollout_difference,
-            report.one_row_difference,
-            report.bound,
-        )
-        return ""
-
-    def _self_tested(self) -> str:
-        known = self.record.read(layout.SELF_TEST, SelfTest)
-        same = known is not None and known.configuration == selftest.configuration_of(self.spec)
-        return "passed" if known and same and selftest.problem(known) is None else ""
-
     def _epoch(self) -> None:
+        self.run.ranks.agreed(lambda: self.saver.settle(0))
         before = dict(self.run.clock.seconds)
+        hidden = self.run.clock.hidden.get("scoring", 0.0)
         evaluations = self.evaluations
         try:
             metrics = run_epoch(self.run, self.epochs_done)
@@ -164,6 +158,7 @@ class Session:
                 "images": images,
                 "imagesPerSecond": images / max(sum(seconds.values()), 1e-9),
                 "seconds": seconds,
+                "scoringHiddenSeconds": self.run.clock.hidden.get("scoring", 0.0) - hidden,
                 "evaluations": {
                     purpose: count - evaluations.get(purpose, 0)
                     for purpose, count in self.evaluations.items()
@@ -221,9 +216,10 @@ class Session:
     def _roll_back(self) -> None:
         """Go on from the newest checkpoint, more slowly, and commit that at once: a crash after it
         must not go back to the higher rate."""
-        found = self._on_first(lambda: self.checkpoints.newest_sound() or "")
+        self._settle()  # what is on its way is as good as the one before
+        found = self.run.ranks.on_first(lambda: self.checkpoints.newest_sound() or "")
         earlier = self.earlier
-        self._restore(self.checkpoints.load(found))
+        self._restore(self.checkpoints.load(found), f"{self.checkpoints.store.uri}/{found}")
         self.earlier = earlier  # what was thrown away has been computed, too
         self.rolled_back += 1
         self._set_learning_rate()
@@ -280,7 +276,7 @@ class Session:
         with self.run.clock("evaluation"), self.run.tuning.values(self.run.ema.values):
             found = self.evaluator.run()
         self._count_evaluations()
-        alarms = self.guard.evaluation(_evaluation_line(self.epochs_done, found, None))
+        alarms = self.guard.evaluation(line_of(self.epochs_done, found, None))
         if not self.run.ranks.is_first:
             return alarms
         grid = None
@@ -288,8 +284,9 @@ class Session:
             grid = f"{layout.GRIDS}/epoch-{self.epochs_done:06d}.png"
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
-        line = _evaluation_line(self.epochs_done, found, grid)
+        line = line_of(self.epochs_done, found, grid)
         line = line.model_copy(update={"alarms": alarms})
+        self.last_evaluation = line
         self.record.append(layout.EVALUATIONS, line)
         self.tracking.evaluation(line)
         log.info(
@@ -300,31 +297,75 @@ class Session:
         return alarms
 
     def _save(self) -> None:
-        """Commit on rank 0; the others wait, so that none runs ahead of a failed save."""
+        """Begin to save on rank 0; all ranks learn of a failure that ends the run."""
         with self.run.clock("checkpoint"):
-            state = self._state()
-            self.committed_uri = self._on_first(lambda: self._commit(state))
-        self.committed = self.epochs_done
-        # At once: whoever ends this process now still learns which checkpoint is the newest.
-        self._publish()
+            start = time.perf_counter()
+            if self.run.ranks.agreed(self.saver.ready):
+                # All ranks take part where weights are in parts.
+                state = self._state()
+                if self.run.ranks.is_first:
+                    line = self.last_evaluation
+                    evaluated = line is not None and line.epoch == self.epochs_done
+                    self.saver.begin(
+                        state,
+                        lambda folder: self._export(folder, state.average),
+                        means_of(line) if line and evaluated else {},
+                        stall_seconds=time.perf_counter() - start,
+                    )
 
-    def _commit(self, state: State) -> str:
-        folder = self.checkpoints.save(state, lambda folder: self._export(folder, state.average))
-        self._store_record()
-        return f"{self.checkpoints.store.uri}/{folder}"
+    def _saved(self, save: Save) -> None:
+        if save.folder is not None:
+            self.committed = save.step
+            self.committed_uri = f"{self.checkpoints.store.uri}/{save.folder}"
+            # At once: whoever ends this process now still learns which checkpoint is the newest.
+            self._publish()
+        self.record.append(
+            layout.SAVES,
+            SaveLine(
+                epoch=save.step,
+                time=now(),
+                stall_seconds=save.stall_seconds,
+                stage_seconds=save.stage_seconds,
+                send_seconds=save.send_seconds,
+                bytes=save.bytes,
+                folder=save.folder,
+                error=str(save.error) if save.error else None,
+            ),
+        )
 
-    def _on_first(self, action: Callable[[], str]) -> str:
-        """What ``action`` returns on rank 0, on every rank; its error is raised on every rank."""
-        answer: dict[str, str | int] = {}
-        if self.run.ranks.is_first:
-            try:
-                answer = {"value": action()}
-            except TempFlowError as error:
-                answer = {"code": int(error.exit_code), "message": str(error)}
-        answer = json.loads(self.run.ranks.from_first(json.dumps(answer)))
-        if "code" in answer:
-            raise of_code(int(answer["code"]), str(answer["message"]))
-        return str(answer["value"])
+    def _is_committed(self) -> bool:
+        return self.committed == self.epochs_done
+
+    def _complete(self) -> None:
+        """The last checkpoint is what the run was for: without it the run has failed."""
+        self._settle()
+        while not self.run.ranks.agreed(self._is_committed):  # ends: failures are counted
+            self._save()
+            self._settle()
+
+    def _settle(self) -> None:
+        while not self.run.ranks.agreed(lambda: self.saver.settle(WAIT_SECONDS)):
+            log.info("waits for a checkpoint to be stored")
+
+    def _commit_in_time(self) -> str:
+        """Commit what there is within the time that is left, and say so."""
+        # The launcher's reserve, and some for the processes to end.
+        left = self.spec.run_policy.termination_grace_period_seconds - END_SECONDS
+        until = time.monotonic() + max(left, 1)
+
+        def settled() -> bool:
+            return self.saver.settle(max(until - time.monotonic(), 0))
+
+        if self.run.ranks.agreed(settled) and not self.run.ranks.agreed(self._is_committed):
+            self._save()
+            self.run.ranks.agreed(settled)
+        stopped = f"stopped after {self.epochs_done} of {self.spec.algorithm.epochs} epochs; "
+        if self.run.ranks.agreed(self._is_committed):
+            return f"{stopped}the state is committed at {self.committed_uri}"
+        return (
+            f"{stopped}they could not be stored in time, so the run continues from the checkpoint "
+            "before; allow more with spec.runPolicy.terminationGracePeriodSeconds"
+        )
 
     def _export(self, folder: Path, average: dict[str, Tensor]) -> None:
         """The result people use is the average, as evaluated; with what is needed to load it."""
@@ -333,13 +374,16 @@ class Session:
         self.run.tuning.export(folder, average)
 
     def _state(self) -> State:
-        """On rank 0; the others ask with it, as it takes all of them to make parts whole."""
+        """A copy in memory on rank 0; the others ask with it, as it takes all of them to make
+        parts whole."""
         names, first = list(self.run.tuning.parameters()), self.run.ranks.is_first
+        trained = sharding.gathered(self.run.tuning.parameters(), keep=first)
+        average = sharding.gathered(self.run.ema.values, keep=first)
         return State(
             epochs_done=self.epochs_done,
             updates_done=self.run.updates_done,
-            trained=sharding.gathered(self.run.tuning.parameters(), keep=first),
-            average=sharding.gathered(self.run.ema.values, keep=first),
+            trained=checkpoint.host_copy(trained),
+            average=checkpoint.host_copy(average),
             optimizer=checkpoint.optimizer_tensors(self.run.optimizer, names, keep=first),
             totals=self._totals(),
         )
@@ -354,75 +398,64 @@ class Session:
         }
         return {k: self.earlier.get(k, 0.0) + now_.get(k, 0.0) for k in self.earlier | now_}
 
-    def _store_record(self) -> None:
-        """Copy the record beside the checkpoints where they are kept elsewhere."""
-        root = self.record.folder / layout.RECORD
-        if self._stored_in_place():
-            return
-        for file in sorted(root.rglob("*")):
-            if file.is_file() and not file.name.endswith(".partial"):
-                self.checkpoints.store.put(
-                    file, f"{layout.RECORD}/{file.relative_to(root).as_posix()}"
-                )
-
-    def _stored_in_place(self) -> bool:
-        return Path(self.checkpoints.store.uri) == self.record.folder.absolute()
-
     def _resume(self) -> None:
         """Continue from the last complete checkpoint, if there is one.
 
         Rank 0 chooses for all: two ranks need not see the same listing.
         """
-        folder = self._on_first(self._choose)
-        if folder:
-            self._restore(self.checkpoints.load(folder))
+        own, _, other = self.run.ranks.on_first(self._choose).partition(" ")
+        if own:
+            self._restore(self.checkpoints.load(own), f"{self.checkpoints.store.uri}/{own}")
             self.committed = self.epochs_done
-            self.committed_uri = f"{self.checkpoints.store.uri}/{folder}"
+            self.committed_uri = f"{self.checkpoints.store.uri}/{own}"
             log.info("continues after %d epochs, from %s", self.epochs_done, self.committed_uri)
+        elif other and self.origin is not None:
+            uri = f"{self.origin.uri}/{other}"
+            self._restore(self.origin.load(other), uri)
+            self.checkpoints.parent = uri
+            log.info(
+                "starts at epoch %d with the %s of %s",
+                self.epochs_done,
+                "state" if self.origin.mode == "resume" else "weights",
+                uri,
+            )
         if self.run.ranks.is_first:
-            self._fetch_record()
-            # A run that has no epoch yet evaluates the base model again, too.
-            self.record.cut_back(self.epochs_done or -1)
+            self.copy.fetch()
+            # A run that has committed no epoch yet evaluates what it starts from again, too.
+            self.record.cut_back(self.committed or -1)
         self._set_learning_rate()
         self._remind_guard()
 
     def _choose(self) -> str:
-        self._check_same_run()
-        return self.checkpoints.newest_sound() or ""
+        """The own folder to continue from, or a space and another run's folder; or neither."""
+        check_same_run(self.checkpoints, self.spec)
+        own = self.checkpoints.begin()
+        if own:
+            return own
+        if self.origin is not None:
+            return f" {self.origin.choose()}"
+        for uri in self.older_runs():
+            log.warning(
+                "STARTS FROM ZERO, although an older run of this name has checkpoints at %s; to "
+                "continue it, set spec.initFrom: {uri: %s, mode: resume}",
+                uri,
+                uri,
+            )
+        return ""
 
-    def _restore(self, state: State) -> None:
-        self.run.tuning.assign(state.trained)
+    def _restore(self, state: State, uri: str) -> None:
+        try:
+            self.run.tuning.assign(state.trained)
+        except ValueError as error:
+            raise ModelUnavailable(f"{uri} does not fit spec.model: {error}") from error
         for name, value in state.average.items():
             average = self.run.ema.values[name]
             average.copy_(sharding.like(value, average))
         names = list(self.run.tuning.parameters())
-        checkpoint.restore_optimizer(self.run.optimizer, names, state.optimizer)
+        if state.optimizer:
+            checkpoint.restore_optimizer(self.run.optimizer, names, state.optimizer)
         self.epochs_done, self.run.updates_done = state.epochs_done, state.updates_done
         self.earlier = dict(state.totals)
-
-    def _check_same_run(self) -> None:
-        """Compare with the job that this run started as, and store it if it is the first."""
-        store, local = self.checkpoints.store, self.checkpoints.staging / "stored-run.json"
-        own = self.spec.model_dump_json(by_alias=True, indent=1).encode()
-        if store.create(layout.RUN_FILE, own):
-            return
-        store.get(layout.RUN_FILE, local)
-        changed = changed_fields(JobSpec.model_validate_json(local.read_bytes()), self.spec)
-        fixed = [p for p in changed if mutability_of(p) is Mutability.IMMUTABLE]
-        if fixed:
-            raise ConfigChanged(
-                f"the run at {store.uri} was started with other values of {', '.join(fixed)}; "
-                "these decide what is learned: restore them, or give the job another name"
-            )
-        if changed:
-            log.info("continues with new values of %s", ", ".join(changed))
-
-    def _fetch_record(self) -> None:
-        """On a new machine the record so far is in the store only."""
-        if self._stored_in_place() or (self.record.folder / layout.METRICS).is_file():
-            return
-        for key in self.checkpoints.store.find(layout.RECORD):
-            self.checkpoints.store.get(key, self.record.folder / key)
 
     def _finish(self) -> None:
         if self.run.ranks.is_first:
@@ -430,7 +463,7 @@ class Session:
             summary = summarise(lines, self._totals(), self.epochs_done, str(self.committed_uri))
             self.record.write(layout.SUMMARY, summary.model_dump_json(by_alias=True, indent=1))
             self.tracking.end()  # what is stored is whole
-            self._store_record()
+            self.copy.send()
         self._on_phase("done")
 
     def _on_phase(self, phase: str) -> None:
@@ -465,29 +498,3 @@ class Session:
                 "time": now(),
             }
         )
-
-
-def _evaluation_line(epoch: int, found: Evaluation, grid: str | None) -> EvaluationLine:
-    spreads = {
-        name: Spread(**_moments(values))
-        for name, values in found.scores.items()
-        if bool(values.isfinite().any())
-    }
-    total = _moments(found.total)
-    return EvaluationLine(
-        epoch=epoch,
-        time=now(),
-        reward=total["mean"],
-        reward_std=total["std"],
-        rewards=spreads,
-        missing_scores={name: int(v.isnan().sum()) for name, v in found.scores.items()},
-        diversity=found.diversity,
-        images=len(found.total),
-        grid=grid,
-    )
-
-
-def _moments(values: Tensor) -> dict[str, float]:
-    """Of the scores that are there."""
-    there = values[values.isfinite()]
-    return {"mean": float(there.mean()), "std": float(there.std(correction=0))}

@@ -4,16 +4,20 @@ Both write a key whole or not at all, can create a key only if it is new, and li
 now. S3 gets no listings cache (it has no expiry) and no mkdir (it would create the bucket).
 """
 
+import copy
 import os
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import s3fs
 from botocore.exceptions import BotoCoreError
+from fsspec.exceptions import FSTimeoutError
 
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.v1alpha1 import Checkpoint
@@ -44,26 +48,57 @@ class Store(ABC):
     def delete(self, keys: list[str]) -> None:
         """Remove the keys, in that order; those that are gone already are no error."""
 
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The content of a small key."""
+
+    @abstractmethod
+    def below(self, folder: str) -> "Store":
+        """The store of a folder in this one."""
+
+    @abstractmethod
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below ``prefix``."""
+
+    def within(self, seconds: float) -> "Store":
+        """The same store, whose requests are over so long from now, by an error if need be."""
+        del seconds
+        return self
+
     def probe(self) -> None:
-        """Write, list, read and delete a key: what a run needs, asked for before it starts."""
+        """Do what a run needs, before it starts: create a key, once only, list, read, delete."""
         key = f".probe-{uuid.uuid4().hex}"
         if not self.create(key, b"probe"):
             raise StoreUnavailable(f"{self.uri}: a fresh key exists already")
+        try:
+            self._probe_created(key)
+        finally:
+            self.delete([key])
+
+    def _probe_created(self, key: str) -> None:
+        if self.create(key, b"again"):
+            raise StoreUnavailable(
+                f"{self.uri} overwrites a key that was to be created once (it ignores "
+                "If-None-Match): two starts of a run would destroy each other's checkpoints; "
+                "update the store, or choose another spec.checkpoint.uri"
+            )
         if self.find(key) != {key: len(b"probe")}:
             raise StoreUnavailable(f"{self.uri}: a key that was written is not listed")
-        self.delete([key])
+        if self.read(key) != b"probe":
+            raise StoreUnavailable(f"{self.uri}: a key that was written reads differently")
 
 
 def open_store(checkpoint: Checkpoint, run_folder: str, default_root: Path) -> Store:
     """The store of one run, ``run_folder`` below ``checkpoint.uri`` (or below ``default_root``)."""
-    uri = checkpoint.uri or str(default_root)
+    root = (checkpoint.uri or str(default_root)).rstrip("/")
+    return open_at(f"{root}/{run_folder}", checkpoint)
+
+
+def open_at(uri: str, checkpoint: Checkpoint) -> Store:
+    """The store at a full address, reached as ``spec.checkpoint`` says."""
     if not uri.startswith("s3://"):
-        return FolderStore(Path(uri.removeprefix("file://")) / run_folder)
-    return S3Store(
-        f"{uri.rstrip('/')}/{run_folder}",
-        endpoint_url=checkpoint.endpoint_url,
-        region=checkpoint.region,
-    )
+        return FolderStore(Path(uri.removeprefix("file://")))
+    return S3Store(uri, endpoint_url=checkpoint.endpoint_url, region=checkpoint.region)
 
 
 class FolderStore(Store):
@@ -101,6 +136,24 @@ class FolderStore(Store):
             shutil.copyfile(self._root / key, file)
         except OSError as error:
             raise self._unavailable("read", key, error) from error
+
+    def read(self, key: str) -> bytes:
+        try:
+            return (self._root / key).read_bytes()
+        except OSError as error:
+            raise self._unavailable("read", key, error) from error
+
+    def below(self, folder: str) -> Store:
+        return FolderStore(self._root / folder)
+
+    def folders(self, prefix: str) -> list[str]:
+        try:
+            found = (self._root / prefix).iterdir()
+            return sorted(path.name for path in found if path.is_dir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._unavailable("list", prefix, error) from error
 
     def find(self, prefix: str) -> dict[str, int]:
         try:
@@ -144,8 +197,25 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-# No credentials, no answer: s3fs translates only what the store itself says.
-_REFUSALS = (OSError, BotoCoreError)
+# No credentials, no answer, out of time: s3fs translates only what the store itself says.
+_REFUSALS = (OSError, BotoCoreError, FSTimeoutError)
+_PART_BYTES, _PARTS_IN_FLIGHT = 16 << 20, 8
+"""A large file travels in parts: 128 MiB of memory at most."""
+_REQUEST_SECONDS = 900.0
+"""A request that is part of nothing with a deadline of its own is over by then."""
+_CONFLICTS = 5
+"""Times that a store may ask to repeat a conditional write because another one ran beside it."""
+
+
+def _said(error: Exception) -> str:
+    """What s3fs says, and what the store itself said: only the latter has the code."""
+    return f"{error} {error.__cause__ or ''}"
+
+
+_REMEDIES = {
+    "RequestTimeTooSkewed": "this machine's clock differs too much from the store's: set it",
+    "ExpiredToken": "the credentials have expired: renew them",
+}
 
 
 class S3Store(Store):
@@ -154,6 +224,7 @@ class S3Store(Store):
     def __init__(self, uri: str, *, endpoint_url: str | None, region: str | None) -> None:
         self.uri = uri
         self._root = uri.removeprefix("s3://")
+        self._until: float | None = None
         self._fs = s3fs.S3FileSystem(
             endpoint_url=endpoint_url,
             client_kwargs={"region_name": region} if region else {},
@@ -162,56 +233,168 @@ class S3Store(Store):
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
                 "retries": {"max_attempts": 3, "mode": "standard"},
+                # A part that travels slowly is not a store that hangs.
+                "connect_timeout": 10,
+                "read_timeout": 60,
             },
             use_listings_cache=False,
             skip_instance_cache=True,
         )
 
+    def within(self, seconds: float) -> Store:
+        limited = copy.copy(self)
+        limited._until = time.monotonic() + seconds
+        return limited
+
+    def _seconds(self) -> float:
+        """What is left for a request."""
+        if self._until is None:
+            return _REQUEST_SECONDS
+        return max(self._until - time.monotonic(), 0.001)
+
     def put(self, file: Path, key: str) -> None:
         try:
-            self._fs.put_file(str(file), f"{self._root}/{key}")
+            self._fs.put_file(
+                str(file),
+                f"{self._root}/{key}",
+                chunksize=_PART_BYTES,
+                max_concurrency=_PARTS_IN_FLIGHT,
+                timeout=self._seconds(),
+            )
         except _REFUSALS as error:
             raise self._unavailable("write", key, error) from error
 
     def create(self, key: str, content: bytes) -> bool:
-        try:
-            self._fs.pipe_file(f"{self._root}/{key}", content, mode="create")
-        except FileExistsError:
-            return False
-        except _REFUSALS as error:
-            # Not every store words its refusal as s3fs expects.
-            if "condition" in str(error).lower():
+        for conflict in range(_CONFLICTS):
+            try:
+                self._fs.pipe_file(
+                    f"{self._root}/{key}", content, mode="create", timeout=self._seconds()
+                )
+            except FileExistsError:
                 return False
-            raise self._unavailable("write", key, error) from error
-        return True
+            except _REFUSALS as error:
+                text = _said(error).lower()
+                # Not every store words its refusal as s3fs expects.
+                if "precondition" in text or "pre-condition" in text:
+                    return False
+                if "conditional" in text and conflict + 1 < _CONFLICTS:
+                    time.sleep(0.1 * 2**conflict)
+                    continue
+                raise self._unavailable("write", key, error) from error
+            return True
+        raise AssertionError("every way through the loop ends it")
 
     def get(self, key: str, file: Path) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._fs.get_file(f"{self._root}/{key}", str(file))
+            size = int(self._fs.info(f"{self._root}/{key}", timeout=self._seconds())["size"])
+            if size > _PART_BYTES:
+                self._get_parts(key, file, size)
+            else:
+                self._fs.get_file(f"{self._root}/{key}", str(file), timeout=self._seconds())
         except _REFUSALS as error:
             raise self._unavailable("read", key, error) from error
 
-    def find(self, prefix: str) -> dict[str, int]:
+    def _get_parts(self, key: str, file: Path, size: int) -> None:
+        """A large file, several parts at a time: one connection is slower than the line."""
+
+        def fetch(start: int) -> None:
+            end = min(start + _PART_BYTES, size)
+            path, left = f"{self._root}/{key}", self._seconds()
+            block = self._fs.cat_file(path, start=start, end=end, timeout=left)
+            os.pwrite(output.fileno(), block, start)
+
+        with file.open("wb") as output, ThreadPoolExecutor(_PARTS_IN_FLIGHT) as pool:
+            output.truncate(size)
+            list(pool.map(fetch, range(0, size, _PART_BYTES)))
+
+    def read(self, key: str) -> bytes:
         try:
-            found = self._fs.find(f"{self._root}/{prefix}", detail=True)
+            return bytes(self._fs.cat_file(f"{self._root}/{key}", timeout=self._seconds()))
+        except _REFUSALS as error:
+            raise self._unavailable("read", key, error) from error
+
+    def below(self, folder: str) -> Store:
+        inner = copy.copy(self)
+        inner.uri, inner._root = f"{self.uri}/{folder}", f"{self._root}/{folder}"
+        return inner
+
+    def folders(self, prefix: str) -> list[str]:
+        try:
+            found = self._fs.ls(
+                f"{self._root}/{prefix}".rstrip("/"), detail=True, timeout=self._seconds()
+            )
+        except FileNotFoundError:
+            return []
         except _REFUSALS as error:
             raise self._unavailable("list", prefix, error) from error
+        names = (Path(info["name"]).name for info in found if info["type"] == "directory")
+        return sorted(names)
+
+    def find(self, prefix: str) -> dict[str, int]:
+        # Not s3fs's own: it asks more, and takes what some stores keep of empty folders for a file.
+        bucket, _, root = f"{self._root}/".partition("/")
+        start = f"{root}{prefix}"
+        found: dict[str, int] = {}
+        page: dict[str, str] = {}
+        try:
+            while True:
+                answer = self._fs.call_s3(
+                    "list_objects_v2",
+                    Bucket=bucket,
+                    Prefix=start,
+                    **page,
+                    timeout=self._seconds(),
+                )
+                for item in answer.get("Contents", []):
+                    found[item["Key"]] = int(item["Size"])
+                if not answer.get("IsTruncated"):
+                    break
+                page = {"ContinuationToken": answer["NextContinuationToken"]}
+        except _REFUSALS as error:
+            raise self._unavailable("list", prefix, error) from error
+        inside = start if start.endswith("/") else f"{start}/"
         return {
-            key.removeprefix(f"{self._root}/"): int(info["size"]) for key, info in found.items()
+            key.removeprefix(root): size
+            for key, size in found.items()
+            if (key == start or key.startswith(inside)) and not key.endswith("/")
         }
 
     def delete(self, keys: list[str]) -> None:
         for key in keys:
             try:
-                self._fs.rm_file(f"{self._root}/{key}")
+                self._fs.rm_file(f"{self._root}/{key}", timeout=self._seconds())
             except FileNotFoundError:
                 continue
             except _REFUSALS as error:
                 raise self._unavailable("delete", key, error) from error
 
+    def _probe_created(self, key: str) -> None:
+        super()._probe_created(key)
+        parts = f"{key}-parts"
+        bucket, _, path = f"{self._root}/{parts}".partition("/")
+        try:
+            # What a large file does, with the one part that may be small.
+            call, place = self._fs.call_s3, {"Bucket": bucket, "Key": path}
+            upload = call("create_multipart_upload", **place)["UploadId"]
+            tag = call("upload_part", **place, UploadId=upload, PartNumber=1, Body=b"part")["ETag"]
+            listed = {"Parts": [{"PartNumber": 1, "ETag": tag}]}
+            call("complete_multipart_upload", **place, UploadId=upload, MultipartUpload=listed)
+        except _REFUSALS as error:
+            raise self._unavailable("write in parts", parts, error) from error
+        try:
+            if self.read(parts) != b"part":
+                raise StoreUnavailable(f"{self.uri}: what was written in parts reads differently")
+        finally:
+            self.delete([parts])
+
     def _unavailable(self, action: str, key: str, error: Exception) -> StoreUnavailable:
-        return StoreUnavailable(
-            f"cannot {action} {self.uri}/{key}: {error}; check that the bucket exists, that the "
-            "credentials allow it, and spec.checkpoint.endpointUrl"
+        reason = str(error) or type(error).__name__
+        if isinstance(error, FSTimeoutError):
+            reason = "it took longer than it may"
+        remedy = next(
+            (remedy for name, remedy in _REMEDIES.items() if name in _said(error)),
+            "check that the bucket exists, that the credentials allow it, and "
+            "spec.checkpoint.endpointUrl",
         )
+        return StoreUnavailable(f"cannot {action} {self.uri}/{key}: {reason}; {remedy}")

@@ -69,6 +69,8 @@ def bring_up_to_date(
     if newest > ledger.attempt:
         # Created by a pass whose status write was lost.
         ledger = _settle(opened(ledger, newest), job, seen, now, timing, reading)
+    if job.cancel and ledger.end is None:
+        return _give_up(ledger, Reason.CANCELLED, "by spec.runPolicy.cancel", now)
     if problems and not ledger.open and ledger.end is None and not job.suspend:
         # Only where an attempt would start: what runs does not end because the operator changed.
         ledger = _give_up(ledger, Reason.SPEC_INVALID, "; ".join(problems), now)

@@ -68,6 +68,10 @@ class TrainingJob:
     def suspend(self) -> bool:
         return self.spec is not None and self.spec.run_policy.suspend
 
+    @property
+    def cancel(self) -> bool:
+        return self.spec is not None and self.spec.run_policy.cancel
+
 
 @dataclass(frozen=True, kw_only=True)
 class Why:

@@ -13,7 +13,8 @@ _STORE = (
 )
 _PROMPTS = (
     "spec.data.promptsFile: {found!r} is relative to a manifest that pods do not see: expected "
-    "s3://, an absolute path inside the image, or the prompts themselves in spec.data.prompts"
+    "s3://, an absolute path inside the image, the prompts themselves in spec.data.prompts, or a "
+    "ConfigMap, which tempflow submit makes of a local file"
 )
 
 
@@ -34,6 +35,7 @@ def _paths(spec: JobSpec) -> tuple[str, ...]:
     if uri is None or not uri.startswith("s3://"):
         found.append(_STORE.format(found="missing" if uri is None else repr(uri)))
     prompts = spec.data.prompts_file
-    if prompts is not None and not prompts.startswith(("s3://", "/")):
+    in_config_map = spec.data.prompts_config_map is not None
+    if prompts is not None and not in_config_map and not prompts.startswith(("s3://", "/")):
         found.append(_PROMPTS.format(found=prompts))
     return tuple(found)

@@ -5,7 +5,7 @@ from tempflow_api.errors import ASKED_TO_STOP, PERMANENT, ExitCode
 from tempflow_api.pods import ModelCache
 from tempflow_api.v1alpha1 import Compute
 from tempflow_operator.desired.attempt import AttemptOf, Manifest
-from tempflow_operator.desired.config import JOB_FILE
+from tempflow_operator.desired.config import JOB_FILE, PROMPTS_DIR
 from tempflow_operator.desired.gang import SCHEDULERS, in_group
 from tempflow_operator.desired.network import variables
 from tempflow_operator.desired.overrides import with_overrides
@@ -153,6 +153,9 @@ def _container(attempt: AttemptOf, settings: Pods) -> Manifest:
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - likewise
         ],
     }
+    if attempt.spec.data.prompts_config_map is not None:
+        prompts = {"name": "prompts", "mountPath": PROMPTS_DIR, "readOnly": True}
+        container["volumeMounts"].append(prompts)
     if _cache_volume(attempt.spec.model_cache):
         container["volumeMounts"].append({"name": "models", "mountPath": _CACHE_DIR})
     if compute.secret_name is not None:
@@ -224,8 +227,10 @@ def _cache_volume(cache: ModelCache) -> list[Manifest]:
 
 
 def _volumes(attempt: AttemptOf) -> list[Manifest]:
+    prompts = attempt.spec.data.prompts_config_map
     return [
         {"name": "job", "configMap": {"name": attempt.config_name}},
+        *([{"name": "prompts", "configMap": {"name": prompts}}] if prompts else []),
         {"name": "work", "emptyDir": {}},
         {"name": "home", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},

@@ -1,11 +1,18 @@
-"""Options that several verbs have, spelled and explained alike."""
+"""Options that several verbs have, spelled and explained alike, and what they are turned into."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tempflow_api.errors import ExitCode, TempFlowError
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from tempflow.cluster.client import Client
 
 Overrides = Annotated[
     list[str] | None,
@@ -18,10 +25,84 @@ Overrides = Annotated[
 TextOrJson = Annotated[
     Literal["text", "json"], typer.Option("--output", "-o", help="Form of the result on stdout.")
 ]
+Form = Annotated[
+    Literal["text", "json", "yaml", "name"],
+    typer.Option("--output", "-o", help="Form of the result on stdout."),
+]
 EndpointUrl = Annotated[
     str | None,
     typer.Option("--endpoint-url", metavar="URL", help="Address of a store other than Amazon's."),
 ]
+
+
+def names_of_jobs(context: typer.Context, incomplete: str) -> list[str]:
+    """For a shell that completes; where the cluster does not answer, there is nothing to offer."""
+    given = context.params
+    try:
+        with client(given.get("kubeconfig"), given.get("context"), given.get("namespace")) as jobs:
+            names = [job.name for job in jobs.list()]
+    except TempFlowError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+JobName = Annotated[
+    str, typer.Argument(metavar="JOB", help="Its name.", autocompletion=names_of_jobs)
+]
+JobNames = Annotated[
+    list[str], typer.Argument(metavar="JOB...", help="Names.", autocompletion=names_of_jobs)
+]
+Namespace = Annotated[
+    str | None,
+    typer.Option("--namespace", "-n", metavar="NAME", help="Default: that of the context."),
+]
+Context = Annotated[
+    str | None,
+    typer.Option("--context", metavar="NAME", help="Of the kubeconfig; default the current one."),
+]
+Kubeconfig = Annotated[
+    str | None,
+    typer.Option("--kubeconfig", metavar="FILE", help="Default $KUBECONFIG or ~/.kube/config."),
+]
+Timeout = Annotated[
+    str | None,
+    typer.Option("--timeout", metavar="TIME", help="Give up after it: 30s, 10m, 2h. Exit code 61."),
+]
+
+JOB_PREFIX = "job/"
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def client(kubeconfig: str | None, context: str | None, namespace: str | None) -> "Client":
+    """Asks the cluster nothing yet."""
+    from tempflow.cluster.client import Client
+
+    return Client(kubeconfig=kubeconfig, context=context, namespace=namespace)
+
+
+def store_of(
+    uri: str,
+    endpoint_url: str | None,
+    kubeconfig: str | None,
+    context: str | None,
+    namespace: str | None,
+) -> tuple[str, str | None]:
+    """Address and endpoint of a run; of a job on a cluster, if that is what ``job/NAME`` names."""
+    if not uri.startswith(JOB_PREFIX):
+        return uri, endpoint_url
+    with client(kubeconfig, context, namespace) as cluster:
+        address, endpoint, _region = cluster.store_of(uri.removeprefix(JOB_PREFIX))
+    return address, endpoint_url or endpoint
+
+
+def seconds(text: str | None) -> float | None:
+    """``90``, ``90s``, ``10m`` or ``2h``."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if match is None:
+        raise typer.BadParameter(f"got {text}: expects for instance 30s, 10m or 2h")
+    return float(match.group(1)) * _UNITS[match.group(2) or "s"]
 
 
 def console(*, stderr: bool) -> "Console":
@@ -29,3 +110,17 @@ def console(*, stderr: bool) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr)
+
+
+@contextmanager
+def jobs_go_on(*names: str) -> Iterator[None]:
+    """Ctrl-C ends the looking on, not the job, and says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\n{', '.join(names)}: not stopped by this; 'tempflow status {names[0]}' looks on, "
+            f"'tempflow cancel {names[0]}' stops it",
+            err=True,
+        )
+        raise typer.Exit(ExitCode.INTERRUPTED) from None

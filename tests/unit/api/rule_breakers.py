@@ -69,6 +69,7 @@ def _position(start: str, path: str) -> int:
 _LORA = _position("belongs to tuning", "spec.model.lora")
 _BUILTIN = _position("the only built-in", "spec.model.source")
 _PROMPTS = _position("exactly one", "spec.data")
+_PROMPTS_KEY = _position("promptsFile is then", "spec.data.promptsConfigMap")
 _SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
 _FOURTEEN = _position("the digits family", "spec.sampling.width")
 _EVALUATION_SIZE = _position("width and height of an ev", "spec.evaluation.width")
@@ -91,7 +92,11 @@ _NO_TILES = _position("the digits family has no", "spec.compute.tiledDecode")
 _IN_STEP = _position("with shard", "spec.compute.strategy")
 _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
+_ATTEMPT_LONGER = _position("service.timeoutSeconds", "spec.rewards")
+_SERVED_PARAMETERS = _position("a reward with a service", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
+_BEST_METRIC = _position("is reward", "spec.checkpoint.keepBest.metric")
+_SHARED_SOURCE = _position("starts with s3://", "spec.initFrom.uri")
 
 _NO_GPU = _position("is at least 1", "spec.compute.gpusPerProcess")
 _RESOURCES = _position("names have", "spec.compute.extendedResources")
@@ -101,6 +106,7 @@ _ONE_SOURCE = _position("each has", "spec.compute.podTemplate.volumes")
 _OWN_PATHS = _position("are not mounted", "spec.compute.podTemplate.volumes")
 _ONE_CACHE = _position("has at most", "spec.modelCache")
 
+_SERVICE = {"endpoints": ["http://scorer:8090"]}
 _SD3 = {"model.family": "sd3", "model.source": "owner/name"}
 
 BREAKERS = (
@@ -114,6 +120,12 @@ BREAKERS = (
     ),
     Breaker("no prompts", _PROMPTS, {"data.prompts": None}),
     Breaker("both kinds of prompts", _PROMPTS, {"data.promptsFile": "prompts.txt"}),
+    Breaker("prompts in a ConfigMap and none named", _PROMPTS_KEY, {"data.promptsConfigMap": "p"}),
+    Breaker(
+        "a path in a ConfigMap",
+        _PROMPTS_KEY,
+        {"data.prompts": None, "data.promptsFile": "a/b.txt", "data.promptsConfigMap": "p"},
+    ),
     Breaker("odd width", _SIXTEEN, {**_SD3, "sampling.width": 500, "sampling.height": 512}),
     Breaker("odd height", _SIXTEEN, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
     Breaker("large digits", _FOURTEEN, {"sampling.width": 28, "sampling.height": 28}),
@@ -230,11 +242,35 @@ BREAKERS = (
     Breaker(
         "reward twice", _REWARD_TWICE, {"rewards": [{"name": "digit-ink"}, {"name": "digit-ink"}]}
     ),
+    Breaker(
+        "attempt longer than deadline",
+        _ATTEMPT_LONGER,
+        {"rewards": [{"name": "digit-ink", "service": _SERVICE | {"timeoutSeconds": 601.0}}]},
+    ),
+    Breaker(
+        "parameters of a served reward",
+        _SERVED_PARAMETERS,
+        {
+            "rewards": [
+                {"name": "digit-ink", "service": _SERVICE, "parameters": {"target": "0.3"}},
+            ]
+        },
+    ),
     Breaker("nodes without store", _SHARED_STORE, {"compute.nodes": 2}),
     Breaker(
         "nodes with a folder",
         _SHARED_STORE,
         {"compute.nodes": 2, "checkpoint": {"uri": "/mnt/runs"}},
+    ),
+    Breaker("a metric that nobody measures", _BEST_METRIC, {"checkpoint.keepBest.metric": "other"}),
+    Breaker(
+        "nodes that start from a folder",
+        _SHARED_SOURCE,
+        {
+            "compute.nodes": 2,
+            "checkpoint.uri": "s3://bucket/runs",
+            "initFrom": {"uri": "/mnt/runs/other"},
+        },
     ),
     Breaker("cuda without a GPU", _NO_GPU, {"compute.device": "cuda", "compute.gpusPerProcess": 0}),
     Breaker("no domain", _RESOURCES, {"compute.extendedResources": {"rdma": 1}}),

@@ -14,8 +14,8 @@ from tests.unit.api.rule_breakers import VALID
 
 
 class TestCheckpointFolders:
-    @pytest.mark.parametrize("parts", [(0, 0, 1), (120, 3, 1), (7, 0, 2)])
-    def test_round_trip(self, parts: tuple[int, int, int]) -> None:
+    @pytest.mark.parametrize("parts", [(0, 0, 1, 1), (120, 3, 1, 1), (7, 0, 2, 1), (7, 0, 12, 3)])
+    def test_round_trip(self, parts: tuple[int, int, int, int]) -> None:
         assert checkpoint_layout.parse_folder(checkpoint_layout.folder_name(*parts)) == parts
 
     def test_names_sort_as_steps_do(self) -> None:
@@ -25,6 +25,36 @@ class TestCheckpointFolders:
     @pytest.mark.parametrize("name", ["", "step-1-attempt-0", "step-0000000001", "other"])
     def test_other_names(self, name: str) -> None:
         assert checkpoint_layout.parse_folder(name) is None
+
+
+class TestWhatCounts:
+    def entry(self, *committed: str) -> checkpoint_layout.Entry:
+        return checkpoint_layout.Entry(
+            number=3,
+            action="commit",
+            attempt=1,
+            incarnation=2,
+            nonce="n",
+            time="2026-01-31T12:00:00Z",
+            committed=list(committed),
+        )
+
+    def test_the_highest_entry_is_found_among_other_names(self) -> None:
+        keys = [checkpoint_layout.entry_key(number) for number in (2, 10, 9)]
+        assert checkpoint_layout.newest_entry([*keys, "ledger/notes", "ledger/11.json"]) == 10
+        assert checkpoint_layout.newest_entry([]) is None
+
+    def test_it_is_what_the_highest_entry_lists_and_what_is_there(self) -> None:
+        name = checkpoint_layout.folder_name
+        there = [name(3, 1), name(4, 1), name(5, 1), "notes"]
+        entry = self.entry(name(4, 1), name(3, 1), name(2, 1))
+        found = checkpoint_layout.committed(there, entry)
+        assert [folder.name for folder in found] == [name(4, 1), name(3, 1)]
+
+    def test_without_a_ledger_every_complete_one_counts(self) -> None:
+        name = checkpoint_layout.folder_name
+        found = checkpoint_layout.committed([name(3, 1), name(10, 1), name(10, 2)], None)
+        assert [folder.name for folder in found] == [name(10, 2), name(10, 1), name(3, 1)]
 
 
 class TestNames:

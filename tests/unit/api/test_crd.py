@@ -248,7 +248,7 @@ def allowed(old: Raw, new: Raw) -> bool:
     for rule in crd.transition_rules(SPEC):
         text = rule["rule"].replace("&&", " and ").replace("||", " or ").replace("!has", "not has")
         for holder in ("self", "oldSelf"):
-            for path in sorted([*LEAVES, "model.lora"], key=len, reverse=True):
+            for path in sorted([*LEAVES, "model.lora", "initFrom"], key=len, reverse=True):
                 section, _, field = path.rpartition(".")
                 block = f"{holder}.{section}" if section else holder
                 text = text.replace(f"has({holder}.{path})", f"has({block}.get('{field}'))")

@@ -12,6 +12,7 @@ from moto.server import ThreadedMotoServer
 from tempflow import checkpoints
 from tempflow.checkpoints import Store, choose, open_store, pull, steps
 from tempflow.refused import Refused
+from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
 from tests.unit.sdk import stored_runs
 
@@ -91,6 +92,43 @@ def test_a_checkpoint_without_manifest_does_not_exist(stored: tuple[Store, Put])
     store, put = stored
     put(f"{NEWEST}/MANIFEST.json", None)
     assert [(step.step, step.attempt) for step in steps(store)] == [(10, 0), (20, 0)]
+
+
+def entry(number: int, *steps: int) -> tuple[str, bytes]:
+    """An entry of the ledger, in which these checkpoints of attempt 0 count."""
+    found = layout.Entry(
+        number=number,
+        action="commit",
+        attempt=0,
+        incarnation=1,
+        nonce="n",
+        time="2026-01-31T12:00:00Z",
+        committed=[layout.folder_name(step, 0) for step in steps],
+    )
+    return layout.entry_key(number), found.model_dump_json(by_alias=True).encode()
+
+
+def test_the_highest_entry_of_the_ledger_says_what_counts(
+    stored: tuple[Store, Put], tmp_path: Path
+) -> None:
+    """What an older start left behind, complete as it may be, is neither listed nor pulled."""
+    store, put = stored
+    put(*entry(9, 20, 10))
+    put(*entry(10, 30, 10))
+    assert [(step.step, step.attempt) for step in steps(store)] == [(10, 0)]
+    with pytest.raises(Refused, match=r"no complete checkpoint of step 20"):
+        choose(store, 20)
+    pull(store, choose(store, None), tmp_path / "here")
+    assert json.loads((tmp_path / "here/MANIFEST.json").read_text())["step"] == 10
+
+
+def test_an_entry_that_cannot_be_understood_is_not_guessed_around(
+    stored: tuple[Store, Put],
+) -> None:
+    store, put = stored
+    put(layout.entry_key(3), b"{}")
+    with pytest.raises(CheckpointCorrupt, match=r"ledger/0000000003\.json is damaged"):
+        steps(store)
 
 
 def test_pull_takes_the_newest_whole(stored: tuple[Store, Put], tmp_path: Path) -> None:

@@ -112,11 +112,35 @@ def test_every_exit_code_is_documented(shell: Shell) -> None:
     assert in_help == in_document == {int(code) for code in ExitCode}
 
 
-@pytest.mark.parametrize("verb", ["init", "validate", "run", "sample", "checkpoints list", "pull"])
+VERBS = (
+    *("init", "validate", "explain", "run", "sample", "checkpoints list", "pull", "report"),
+    *("rewards list", "rewards score"),
+)
+CLUSTER_VERBS = (
+    *("submit", "list", "status", "describe", "logs", "events", "wait"),
+    *("suspend", "resume", "cancel", "delete", "diff", "doctor"),
+)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *CLUSTER_VERBS, "completion"])
 def test_every_verb_teaches_by_example(shell: Shell, verb: str) -> None:
     shown = shell(*verb.split(), "--help").stdout
     assert "Examples:\n" in shown
-    assert f"tempflow {verb} " in shown
+    assert f"tempflow {verb}" in shown.partition("Examples:\n")[2]
+
+
+@pytest.mark.parametrize("verb", CLUSTER_VERBS)
+def test_every_cluster_verb_takes_a_context_and_a_namespace(shell: Shell, verb: str) -> None:
+    shown = shell(verb, "--help").stdout
+    assert all(option in shown for option in ("--context", "--kubeconfig", "-n, --namespace"))
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_for_that_shell(shell: Shell, name: str) -> None:
+    done = shell("completion", name)
+    assert done.returncode == 0
+    assert "_TEMPFLOW_COMPLETE" in done.stdout
+    assert f"complete_{name}" in done.stdout
 
 
 class TestInitAndValidate:

@@ -54,8 +54,7 @@ class TestPlain:
 class TestLive:
     def shown(self, now: Progress | None, rewards: list[float]) -> list[str]:
         console, out = text_of()
-        shown = [make_metrics(epoch, reward) for epoch, reward in enumerate(rewards)]
-        console.print(live_view("demo", 4, now, shown))
+        console.print(live_view("demo", 4, now, rewards))
         return [line.rstrip() for line in out.getvalue().splitlines()]
 
     def test_before_anything_is_known(self) -> None:

@@ -97,9 +97,8 @@ class Case:
         walker = Walker(self.policy(model), model.schedule(STEPS, height, width), 0.7, 8)
         return model.decode(walker.sample(starts_BCHW, model.encode(PROMPTS)))
 
-    def its_images(self, pipeline: Any, starts_BCHW: Tensor, height: int, width: int) -> Tensor:
-        """The same by the family's own pipeline."""
-        pipeline.set_progress_bar_config(disable=True)
+    def its_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """What its pipeline is asked for, but the latents."""
         negative = [self.negative] * len(PROMPTS)
         by_family: dict[str, dict[str, Any]] = {
             "sd3": {"guidance_scale": self.guidance, "negative_prompt": negative},
@@ -108,19 +107,28 @@ class Case:
             # Its negative prompt is always the empty one.
             "flux2-klein": {"guidance_scale": self.guidance},
         }
-        latents = starts_BCHW
-        if self.family in ("flux", "qwen-image"):
-            latents = pipeline._pack_latents(starts_BCHW, *starts_BCHW.shape)
-        images: Tensor = pipeline(
-            prompt=list(PROMPTS),
-            height=height,
-            width=width,
-            num_inference_steps=STEPS,
-            latents=latents,
-            max_sequence_length=MAX_TEXT_TOKENS,
-            output_type="pt",
+        return {
+            "prompt": list(PROMPTS),
+            "height": height,
+            "width": width,
+            "num_inference_steps": STEPS,
+            "max_sequence_length": MAX_TEXT_TOKENS,
+            "output_type": "pt",
             **by_family[self.family],
-        ).images
+        }
+
+    def its_latents(self, pipeline: Any, starts_BCHW: Tensor) -> Tensor:
+        """Start noises as its pipeline takes them."""
+        if self.family in ("flux", "qwen-image"):
+            packed: Tensor = pipeline._pack_latents(starts_BCHW, *starts_BCHW.shape)
+            return packed
+        return starts_BCHW
+
+    def its_images(self, pipeline: Any, starts_BCHW: Tensor, height: int, width: int) -> Tensor:
+        """The same by the family's own pipeline."""
+        pipeline.set_progress_bar_config(disable=True)
+        latents = self.its_latents(pipeline, starts_BCHW)
+        images: Tensor = pipeline(latents=latents, **self.its_arguments(height, width)).images
         return images
 
 

@@ -45,12 +45,12 @@ class Hub:
         name = "/".join(parts[2:4] if api else parts[:2])
         folder = self.root / name
         authorised = request.headers.get("Authorization") == f"Bearer {TOKEN}"
-        revision = parts[5] if api and len(parts) > 5 else "main" if api else parts[3]
+        revision = (parts[5:6] if api else parts[3:4]) or ["main"]
         if not folder.is_dir():
             self._refuse(request, 401, "RepoNotFound")
         elif name in self.gated and not authorised:
             self._refuse(request, 403 if "Authorization" in request.headers else 401, "GatedRepo")
-        elif revision not in ("main", COMMIT):
+        elif revision[0] not in ("main", COMMIT):
             self._refuse(request, 404, "RevisionNotFound")
         elif api:
             self._describe(request, folder, name, "tree" in parts, body=body)

@@ -10,15 +10,16 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.main import evaluator_of
+from tempflow_trainer.main import evaluator_of, retention_of
 from tempflow_trainer.metrics import Record
+from tempflow_trainer.retention import Retention
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import FolderStore
 from tests.numerics.toys import prompts_of, run_of
 
 Rows = list[dict[str, Any]]
 # What differs between two runs that learn the same.
-OF_THE_CLOCK = {"time", "seconds", "imagesPerSecond"}
+OF_THE_CLOCK = {"time", "seconds", "scoringHiddenSeconds", "imagesPerSecond"}
 
 
 def never() -> bool:
@@ -58,7 +59,7 @@ def session_of(
             staging,
             attempt,
             world_size=1,
-            keep_last=spec.checkpoint.keep_last,
+            retention=retention_of(spec.checkpoint),
         ),
         record=Record(folder),
         announce=announce,
@@ -82,7 +83,7 @@ def epochs(folder: Path, name: str) -> list[int]:
 
 def final_state(folder: Path) -> State:
     """What the newest checkpoint of the run holds."""
-    checkpoints = Checkpoints(FolderStore(folder), folder / "staging", 0, 1, 2)
+    checkpoints = Checkpoints(FolderStore(folder), folder / "staging", 0, 1, Retention(2))
     newest = checkpoints.newest_sound()
     assert newest is not None
     return checkpoints.load(newest)

@@ -4,14 +4,17 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
+from tempflow_api.checkpoint_layout import CheckpointManifest
+from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
 from tempflow_trainer import checkpoint
 from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.retention import Retention
 from tempflow_trainer.store import FolderStore, Store
 
 
@@ -36,10 +39,21 @@ def export(folder: Path) -> None:
     (folder / layout.ADAPTER / "weights").write_bytes(b"weights")
 
 
-def of(store: Store, tmp_path: Path, *, attempt: int = 1, keep_last: int = 2) -> Checkpoints:
+def of(
+    store: Store, tmp_path: Path, *, attempt: int = 1, keep_last: int = 2, **kept: Any
+) -> Checkpoints:
+    """One start of a run, which has claimed it."""
     staging = tmp_path / "staging"
     staging.mkdir(exist_ok=True)
-    return Checkpoints(store, staging, attempt, world_size=1, keep_last=keep_last)
+    retention = Retention(keep_last, **kept)
+    made = Checkpoints(store, staging, attempt, world_size=1, retention=retention)
+    made.begin()
+    return made
+
+
+def steps(found: Checkpoints) -> list[int]:
+    """Of those that count, newest first."""
+    return [folder.step for folder in found.committed()]
 
 
 @pytest.fixture
@@ -71,15 +85,18 @@ def test_a_run_without_checkpoints_has_none(store: Store, tmp_path: Path) -> Non
     assert of(store, tmp_path).newest_sound() is None
 
 
-def test_the_newest_is_by_step_then_attempt_then_save(tmp_path: Path) -> None:
+def test_each_start_has_folders_of_its_own(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
-    for epochs, attempt in ((9, 1), (10, 1), (10, 2), (10, 2)):
+    for epochs, attempt in ((9, 1), (10, 1), (10, 2)):
         of(store, tmp_path, attempt=attempt, keep_last=9).save(state(epochs), export)
-    found = of(store, tmp_path)
-    assert [folder.removeprefix("checkpoints/") for folder, _ in found.complete()] == [
+    last = of(store, tmp_path, attempt=2, keep_last=9)
+    for _ in range(2):
+        last.save(state(10), export)
+    assert [folder.name for folder in last.committed()] == [
+        layout.folder_name(10, 2, 2, 2),
         layout.folder_name(10, 2, 2),
         layout.folder_name(10, 2),
-        layout.folder_name(10, 1),
+        layout.folder_name(10, 1, 2),
         layout.folder_name(9, 1),
     ]
 
@@ -89,7 +106,7 @@ def test_only_the_last_ones_are_kept(store: Store, tmp_path: Path, keep_last: in
     found = of(store, tmp_path, keep_last=keep_last)
     for epochs in range(1, 6):
         found.save(state(epochs), export)
-        kept = [step for _, step in found.complete()]
+        kept = steps(found)
         assert kept == list(range(epochs, max(0, epochs - keep_last), -1))
     # Nothing of a retired one is left.
     assert {key.split("/")[1] for key in store.find("checkpoints")} == {
@@ -97,13 +114,47 @@ def test_only_the_last_ones_are_kept(store: Store, tmp_path: Path, keep_last: in
     }
 
 
-def test_a_run_that_went_back_does_not_retire_what_lies_ahead(tmp_path: Path) -> None:
-    """After a fallback, the newer folders are another attempt's and not this one's to count."""
+def test_pinned_regular_and_best_ones_are_kept_too(store: Store, tmp_path: Path) -> None:
+    found = of(store, tmp_path, keep_every=5, best_metric="ink", best_count=1)
+    for epochs in range(1, 10):
+        found.save(state(epochs), export, {"ink": -abs(epochs - 3.0), "reward": float(epochs)})
+        if epochs == 2:
+            store.create(layout.pin_key(layout.folder_name(1, 1)), b"{}")
+    assert steps(found) == [9, 8, 5, 3, 1]
+    # A later start knows what was evaluated from the manifests.
+    later = of(store, tmp_path, attempt=2, best_metric="ink", best_count=2)
+    later.save(state(10), export)
+    assert steps(later) == [10, 9, 5, 3, 1]
+
+
+def test_manifests_tell_what_came_before(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
+    of(store, tmp_path).save(state(1), export)
+    second = of(store, tmp_path)
+    for epochs in (2, 3):
+        second.save(state(epochs), export)
+    found = [
+        CheckpointManifest.model_validate_json(
+            store.read(f"checkpoints/{folder.name}/{layout.MANIFEST}")
+        )
+        for folder in of(store, tmp_path, keep_last=3).committed()
+    ]
+    assert [(m.step, m.incarnation, m.parent) for m in found] == [
+        (3, 2, layout.folder_name(2, 1, 2)),
+        (2, 2, layout.folder_name(1, 1)),
+    ]
+
+
+def test_a_start_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
+    """What lay ahead no longer counts, however high its step."""
+    store = FolderStore(tmp_path / "store")
+    first = of(store, tmp_path, keep_last=9)
     for epochs in (1, 2, 3, 4):
-        of(store, tmp_path, keep_last=9).save(state(epochs), export)
-    of(store, tmp_path, attempt=2, keep_last=2).save(state(3), export)
-    assert [step for _, step in of(store, tmp_path).complete()] == [4, 3, 3]
+        first.save(state(epochs), export)
+    cut(tmp_path / "store/checkpoints" / layout.folder_name(4, 1) / "state/trained.safetensors")
+    second = of(store, tmp_path, attempt=2, keep_last=9)
+    assert second.parent == layout.folder_name(3, 1)
+    assert steps(second) == [3, 2, 1]
 
 
 def cut(path: Path) -> None:
@@ -175,16 +226,16 @@ def test_when_all_are_damaged_nothing_starts_from_zero(
 def test_folders_of_other_names_and_half_written_ones_are_no_checkpoints(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    folder = checkpoints.save(state(1), export)
+    checkpoints.save(state(1), export)
     root = tmp_path / "store" / "checkpoints"
     (root / "notes").mkdir()
     (root / "notes" / layout.MANIFEST).write_text("{}")
     half = root / layout.folder_name(2, 1) / layout.STATE
     half.mkdir(parents=True)
     (half / checkpoint.TRAINED).write_bytes(b"half")
-    assert [found for found, _ in checkpoints.complete()] == [folder]
+    assert steps(checkpoints) == [1]
     # The next save of that step keeps clear of what is there.
-    assert checkpoints.save(state(2), export).endswith(layout.folder_name(2, 1, 2))
+    assert checkpoints.save(state(2), export).endswith(layout.folder_name(2, 1, save=2))
 
 
 class Interrupted(FolderStore):
@@ -205,10 +256,10 @@ class Interrupted(FolderStore):
 def test_a_save_that_ends_half_way_leaves_nothing(tmp_path: Path, files: int) -> None:
     root = tmp_path / "store"
     sound = of(FolderStore(root), tmp_path).save(state(1), export)
-    before = FolderStore(root).find("")
+    before = FolderStore(root).find(layout.CHECKPOINTS)
     with pytest.raises(StoreUnavailable, match="full"):
         of(Interrupted(root, files), tmp_path).save(state(2), export)
-    assert FolderStore(root).find("") == before
+    assert FolderStore(root).find(layout.CHECKPOINTS) == before
     found = of(FolderStore(root), tmp_path)
     assert found.newest_sound() == sound
     assert not list((tmp_path / "staging").iterdir())
@@ -220,7 +271,7 @@ def test_an_export_that_fails_leaves_nothing(checkpoints: Checkpoints, tmp_path:
 
     with pytest.raises(StoreUnavailable, match=r"cannot stage a checkpoint .*No space left"):
         checkpoints.save(state(1), failing)
-    assert checkpoints.complete() == []
+    assert checkpoints.committed() == []
     assert not list((tmp_path / "staging").iterdir())
 
 
@@ -243,7 +294,7 @@ class LostReply(FolderStore):
 
 
 def test_a_folder_that_another_process_completed_is_not_taken_for_own(tmp_path: Path) -> None:
-    with pytest.raises(StoreUnavailable, match="was completed by another process"):
+    with pytest.raises(Fenced, match="was completed by another process"):
         of(Raced(tmp_path / "store"), tmp_path).save(state(1), export)
 
 
@@ -271,7 +322,7 @@ def test_a_full_disk_while_staging_is_an_unavailable_store(
     sound = checkpoints.save(state(1), export)
     with largest_file(limit), pytest.raises(StoreUnavailable, match="cannot stage a checkpoint"):
         checkpoints.save(state(2, size=1000), export)
-    assert [folder for folder, _ in checkpoints.complete()] == [sound]
+    assert steps(checkpoints) == [1]
     assert checkpoints.newest_sound() == sound
     assert not list((tmp_path / "staging").iterdir())
 

@@ -23,7 +23,7 @@ from tempflow_trainer.loop import Run
 from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
 from tests.numerics.toys import FLOW_GRPO, spec_of
-from tests.unit.trainer.family_cases import ALONE, CPU, DIGITS, FLUX, QWEN, SD3, Case
+from tests.unit.trainer.family_cases import ALONE, CPU, DIGITS, FLUX, KLEIN, QWEN, SD3, Case
 
 LORA: dict[str, object] = {"model.tuning": "lora", "model.lora": {"rank": 4, "alpha": 8}}
 SIX: dict[str, dict[str, object]] = {
@@ -118,7 +118,7 @@ def test_the_work_is_cut_as_the_ranks_cut_it(world: int) -> None:
     assert (told.processes, told.rows_per_update) == (world, max(shares) * 4)
 
 
-@pytest.mark.parametrize("case", [DIGITS, SD3, FLUX, QWEN], ids=str)
+@pytest.mark.parametrize("case", [DIGITS, SD3, FLUX, QWEN, KLEIN], ids=str)
 def test_every_family_is_explained_from_its_configuration(case: Case, tmp_path: Path) -> None:
     """A folder without a single weight will do, and the counts are those of the real model."""
     spec = case.spec(tmp_path)

@@ -110,6 +110,16 @@ def test_one_missing_score_takes_the_draws_of_its_step_with_it_and_no_others() -
     assert loop.run_epoch(by_prompt, 0)["groupsLeftOut"] == by_prompt.order.seeds_per_prompt
 
 
+def test_ranks_make_as_many_calls_whatever_is_missing() -> None:
+    """With sharded weights a rank that makes fewer would leave the others waiting for ever."""
+    changes: dict[str, object] = {"compute.rowsPerTrainingCall": 4}
+    some = rewarded(changes, lambda prompt, _: prompt != "a two")
+    none = rewarded(changes, lambda *_: False)
+    for run in (some, none):
+        loop.run_epoch(run, 0)
+    assert some.policy.evaluations == none.policy.evaluations
+
+
 def test_a_missing_score_is_not_a_zero() -> None:
     failing = rewarded({}, lambda prompt, seen: prompt == "a two" and seen % 2 == 0)
     before = trained_weights(failing)

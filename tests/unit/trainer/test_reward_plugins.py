@@ -1,10 +1,17 @@
 """Scorers that the project does not know: by entry point, by path, and what is said of broken
 ones."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import tempflow_trainer
 from tempflow_api.errors import RewardFailed
 from tempflow_api.v1alpha1 import RewardTerm
 from tempflow_trainer.rewards import registry
@@ -84,3 +91,40 @@ def test_a_package_with_the_name_of_a_built_in_reward_is_refused(
     with pytest.raises(RewardFailed, match="is built in, and theirs:Ink of an installed package"):
         build(uses="digit-ink")
     assert registry.build([RewardTerm(name="digit-contrast")])
+
+
+PAGE = Path(tempflow_trainer.__file__).parents[2] / "docs/rewards.md"
+
+
+def test_the_page_has_a_row_for_every_built_in_reward() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|", PAGE.read_text(), re.M)
+    assert sorted(rows) == sorted(n for n in registry.REWARDS if not n.startswith("digit-"))
+
+
+@pytest.mark.slow
+def test_the_package_of_the_documentation_is_installed_and_scores(tmp_path: Path) -> None:
+    """As the page tells it, word by word: an installed package is all that a reward needs."""
+    source, target = tmp_path / "my-rewards", tmp_path / "installed"
+    source.mkdir()
+    page = PAGE.read_text()
+    for name, kind in (("pyproject.toml", "toml"), ("my_rewards.py", "python")):
+        block = re.search(rf"`{name}`:\n\n```{kind}\n(.+?)```", page, re.S)
+        assert block, f"the page shows no {name}"
+        (source / name).write_text(block[1])
+    assert len((source / "my_rewards.py").read_text().splitlines()) <= 15
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([sys.executable, *install, "--target", target, source], check=True, timeout=60)
+    Image.new("RGB", (6, 4), (255, 0, 51)).save(tmp_path / "photo.png")
+    paths = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", ""), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths}
+    command = ["score", "photo.png", "--reward=warmth", "--prompt=any", "--set=strength=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tempflow", "rewards", *command, "-o", "json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scores"][0]["score"] == pytest.approx(1.6)

@@ -249,8 +249,11 @@ def test_images_of_another_kind_are_refused(images: Tensor, message: str) -> Non
 
 
 def test_every_built_in_reward_can_be_built_by_its_name() -> None:
-    terms = [RewardTerm(name=name) for name in registry.REWARDS]
-    assert [term.name for term in registry.build(terms).terms] == list(registry.REWARDS)
+    """Those that need no model from elsewhere; each of the others has a test with one."""
+    names = [name for name in registry.REWARDS if name.startswith(("digit-", "jpeg-"))]
+    assert len(names) >= 7
+    terms = [RewardTerm(name=name) for name in names]
+    assert [term.name for term in registry.build(terms).terms] == names
 
 
 def build(**term: object) -> Reward:

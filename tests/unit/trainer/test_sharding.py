@@ -36,6 +36,14 @@ LORA: dict[str, object] = {
     "checkpoint.everyEpochs": 5,
 }
 FULL: dict[str, object] = {**LORA, "model.tuning": "full", "model.lora": None}
+# As large models are trained: frozen weights in half, and all that saves memory.
+HALF: dict[str, object] = {
+    **LORA,
+    "model.precision": "bfloat16",
+    "compute.gradientCheckpointing": True,
+    "compute.textCacheMebibytes": 1,
+    "algorithm.epochs": 2,
+}
 SHORT: dict[str, object] = {"algorithm.epochs": 3}
 
 
@@ -88,7 +96,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name, tuning in (("lora", LORA), ("full", FULL)):
         alone(job(tuning, "replicate", 1), found[f"{name} alone"])
         alone(job({**tuning, **SHORT}, "replicate", 1), found[f"{name} from one to two"])
-    jobs = {}
+    alone(job(HALF, "replicate", 1), found["half alone"])
+    jobs = {"half shard": job(HALF, "shard", 2)}
     for name, tuning in (("lora", LORA), ("full", FULL)):
         for strategy in ("replicate", "shard"):
             jobs[f"{name} {strategy}"] = job(tuning, strategy, 2)
@@ -129,6 +138,19 @@ def test_all_ways_learn_the_same(runs: Runs, tuning: str, way: str) -> None:
         assert values.keys() == others.keys()
         for key in values:
             torch.testing.assert_close(others[key], values[key], rtol=0, atol=SAME_WEIGHTS)
+
+
+def test_half_precision_is_shared_too(runs: Runs) -> None:
+    """One unit then has weights of two types. Rounding to 8 bits leaves the direction."""
+    one, two = final_state(runs["half alone"]), final_state(runs["half shard"])
+    first = next(iter(one.trained))
+    assert {value.dtype for value in two.trained.values()} == {torch.float32}
+    assert two.trained[first].shape == one.trained[first].shape
+    norms = [
+        [row["gradNorm"] for row in rows(runs[f"half {way}"], layout.METRICS)]
+        for way in ("alone", "shard")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
 
 
 @each_tuning

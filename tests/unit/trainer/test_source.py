@@ -154,15 +154,6 @@ def test_a_store_without_access_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rank_that_comes_second_uses_what_the_first_copied(tmp_path: Path) -> None:
-    target, partial = tmp_path / "target", tmp_path / "partial"
-    for folder in (target, partial):
-        folder.mkdir()
-        (folder / "file").write_text("same")
-    source._move(partial, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
 NOWHERE = "http://127.0.0.1:9"
 # The client reads the address of the hub when it is imported, which takes seconds: one process of
 # its own asks for everything.

@@ -208,3 +208,35 @@ def test_missing_credentials_are_a_store_that_refuses(
 )
 def test_the_uri_of_a_job_chooses_the_store(uri: str | None, expected: str) -> None:
     assert open_store(Checkpoint(uri=uri), "run", Path("/default")).uri == expected
+
+
+class Overwriting(FolderStore):
+    """It takes every write for a new one, as stores do that do not know conditions."""
+
+    def create(self, key: str, content: bytes) -> bool:
+        (Path(self.uri) / key).unlink(missing_ok=True)
+        return super().create(key, content)
+
+
+def test_a_store_that_overwrites_is_refused_with_the_reason(tmp_path: Path) -> None:
+    store = Overwriting(tmp_path)
+    with pytest.raises(StoreUnavailable, match="it ignores If-None-Match"):
+        store.probe()
+    assert store.find("") == {}
+
+
+def test_what_is_small_is_read_at_once(store: Store) -> None:
+    store.create("a/one", b"content")
+    assert store.read("a/one") == b"content"
+    with pytest.raises(StoreUnavailable, match=r"cannot read .*a/two"):
+        store.read("a/two")
+
+
+def test_folders_of_a_store_are_stores(store: Store) -> None:
+    for key in ("a/x/1", "a/y/z/1", "a/2", "b/1"):
+        store.create(key, b"x")
+    assert store.folders("") == ["a", "b"]
+    assert store.folders("a") == ["x", "y"]
+    assert store.folders("none") == []
+    assert store.below("a/y").find("") == {"z/1": 1}
+    assert store.below("a").uri == f"{store.uri}/a"

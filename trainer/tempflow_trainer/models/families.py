@@ -37,7 +37,7 @@ def load(model: Model, *, cache: Path, device: torch.device) -> FlowModel:
     _no_progress_bars()
     module, _, name = FAMILIES[model.family].partition(":")
     family: FlowModel = getattr(importlib.import_module(module), name).load(
-        locate(model, cache),
+        locate(model.source, cache),
         revision=model.revision,
         dtype=getattr(torch, model.precision),
         device=device,

@@ -22,14 +22,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from safetensors import SafetensorError
 
 from tempflow_api.errors import ModelUnavailable
-from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models.download import fetch
 
 BUILTIN = "builtin:"
 INDEX = "model_index.json"
 
 
-def locate(model: Model, cache: Path) -> str:
+def locate(source: str, cache: Path) -> str:
     """A local folder with the model's files, or the hub id to ask diffusers for.
 
     ``s3://`` prefixes are copied below ``cache`` first; a copy that is already there is used.
@@ -37,7 +36,6 @@ def locate(model: Model, cache: Path) -> str:
     Raises:
         ModelUnavailable: a folder or prefix that does not exist or is empty.
     """
-    source = model.source
     if source.startswith(BUILTIN):
         return str(files("tempflow_trainer") / "assets" / source.removeprefix(BUILTIN))
     if source.startswith("s3://"):
@@ -80,10 +78,17 @@ def _from_hub(kind: Any, name: str, revision: str | None) -> Path:
         _check_kind(kind, Path(index).parent)
         return Path(kind.download(name, revision=revision, use_safetensors=True))
     except (OSError, ValueError, HTTPError) as error:
-        raise ModelUnavailable(_hub_error(error, name, revision)) from error
+        raise ModelUnavailable(hub_error(error, name, revision)) from error
 
 
-def _hub_error(error: BaseException, name: str, revision: str | None) -> str:
+def hub_error(
+    error: BaseException,
+    name: str,
+    revision: str | None,
+    *,
+    lacks: str = f"{INDEX}: expected a model in the diffusers layout",
+    revision_field: str = "spec.model.revision",
+) -> str:
     """What is missing, and how to get it. The libraries wrap the cause several times."""
     causes: list[BaseException] = []
     found: BaseException | None = error
@@ -96,14 +101,12 @@ def _hub_error(error: BaseException, name: str, revision: str | None) -> str:
             f"its licence has to be accepted at {site}/{name}, and a token of that account given "
             f"as HF_TOKEN (on a cluster by spec.compute.secretName); {_token_state()}"
         ),
-        (RevisionNotFoundError,): f"it has no revision {revision!r}: see spec.model.revision",
+        (RevisionNotFoundError,): f"it has no revision {revision!r}: see {revision_field}",
         (RepositoryNotFoundError,): (
             f"there is no such model at {site}, or it is private and HF_TOKEN may not read it; "
             f"{_token_state()}"
         ),
-        (RemoteEntryNotFoundError,): (
-            f"it has no {INDEX}: expected a model in the diffusers layout"
-        ),
+        (RemoteEntryNotFoundError,): f"it has no {lacks}",
         (OfflineModeIsEnabled,): (
             "it is not in the local cache, and HF_HUB_OFFLINE forbids the network"
         ),

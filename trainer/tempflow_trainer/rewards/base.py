@@ -6,7 +6,7 @@ it is missing for a reason; it is never made up.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -99,6 +99,11 @@ class Reward:
         return [term for term in self.terms if term.weight != 0]
 
     @property
+    def trained_names(self) -> list[str]:
+        """Their names."""
+        return [term.name for term in self.trained]
+
+    @property
     def group_wise(self) -> bool:
         """Whether any scorer compares the images of a group."""
         return any(is_group_wise(term.scorer) for term in self.terms)
@@ -111,11 +116,13 @@ class Reward:
         *,
         groups: Sequence[int] | None = None,
         held_out: bool = False,
+        on_call: Callable[[str, int], None] = lambda _name, _images: None,
     ) -> dict[str, Tensor]:
         """Scores by name, each [N] float32 on the CPU; NaN where one is missing.
 
         Images are uint8, or floats in [0, 1]. ``groups`` names the group of each image, for
-        scorers that compare; a group is never split over two calls of this.
+        scorers that compare; a group is never split over two calls of this. ``on_call`` hears the
+        reward that is asked next, with 0, and the images of each call that is done.
 
         Raises:
             RewardFailed: a scorer gives another number of scores; a required one fails as a
@@ -127,7 +134,9 @@ class Reward:
         except ValueError as error:
             raise RewardFailed(f"nothing to score: {error}") from error
         terms = self.terms if held_out else self.trained
-        return {term.name: _scores(term, images, prompts, metadata, groups) for term in terms}
+        return {
+            term.name: _scores(term, images, prompts, metadata, groups, on_call) for term in terms
+        }
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Weighted sum of the trained terms, of any shape; NaN where one is missing."""
@@ -168,11 +177,14 @@ def _scores(
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, object]],
     groups: Sequence[int] | None,
+    on_call: Callable[[str, int], None],
 ) -> Tensor:
     scores_N = torch.full((len(prompts),), torch.nan)
+    on_call(term.name, 0)
     for rows in _calls(term, len(prompts), groups):
         texts = [prompts[i] for i in rows]
         scores_N[rows] = _ask(term, images_N3HW[rows], texts, [metadata[i] for i in rows])
+        on_call(term.name, len(rows))
     return scores_N
 
 

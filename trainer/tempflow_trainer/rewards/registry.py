@@ -9,7 +9,19 @@ from typing import Any
 
 from tempflow_api.errors import RewardFailed, TempFlowError, of_code
 from tempflow_api.v1alpha1 import RewardTerm
-from tempflow_trainer.rewards import digits
+from tempflow_trainer.rewards import (
+    aesthetic,
+    clip,
+    digits,
+    geneval,
+    hpsv2,
+    hpsv3,
+    image_reward,
+    jpeg,
+    ocr,
+    remote,
+    unified_reward,
+)
 from tempflow_trainer.rewards.base import Place, Reward, Scorer, Term
 
 ENTRY_POINTS = "tempflow.rewards"
@@ -22,6 +34,17 @@ REWARDS: dict[str, Callable[..., Scorer]] = {
     "digit-contrast": digits.StrokeContrast,
     "digit-symmetry": digits.Symmetry,
     "digit-judge": digits.DigitJudge,
+    "pickscore": clip.PickScore,
+    "clipscore": clip.ClipScore,
+    "aesthetic": aesthetic.Aesthetic,
+    "hpsv2": hpsv2.HpsV2,
+    "ocr": ocr.Ocr,
+    "geneval": geneval.GenEval,
+    "jpeg-compressibility": jpeg.JpegCompressibility,
+    "jpeg-incompressibility": jpeg.JpegIncompressibility,
+    "hpsv3": hpsv3.HpsV3,
+    "image-reward": image_reward.ImageReward,
+    "unified-reward": unified_reward.UnifiedReward,
 }
 
 
@@ -48,6 +71,8 @@ def installed() -> dict[str, str]:
 
 
 def _scorer(term: RewardTerm, path: str, place: Place) -> Scorer:
+    if term.service is not None:
+        return remote.of_term(term, path)
     name = term.uses or term.name
     field = f"{path}.uses" if term.uses else f"{path}.name"
     kind = find(name, field)

@@ -42,6 +42,7 @@ class TestExitCodes:
             (ExitCode.ADDRESS_IN_USE, RETRIABLE),
             (ExitCode.FENCED, RETRIABLE),
             (ExitCode.RANK_DIED, RETRIABLE),
+            (ExitCode.UNCOMMITTED, RETRIABLE),
             (137, RETRIABLE),
             (139, RETRIABLE),
             (ExitCode.PREEMPTED, DISRUPTION),

@@ -119,6 +119,23 @@ def test_golden(name: str, job: JobBuilder) -> None:
     assert list(yaml.safe_load_all(file.read_text())) == list(objects(job).values())
 
 
+def test_prompts_of_a_config_map_are_a_file_to_the_trainer() -> None:
+    job = (
+        make_job()
+        .spec("data.prompts", None)
+        .spec("data.promptsFile", "prompts.jsonl")
+        .spec("data.promptsConfigMap", "demo-prompts")
+    )
+    made = json.loads(objects(job)["ConfigMap"]["data"]["job.json"])
+    seen_by_trainer = TempFlowGRPOJob.model_validate(made).spec.data
+    assert seen_by_trainer.prompts_config_map is None
+    folder, _, key = str(seen_by_trainer.prompts_file).rpartition("/")
+    assert key == "prompts.jsonl"
+    (mount,) = [m for m in container(job)["volumeMounts"] if m["mountPath"] == folder]
+    (volume,) = [v for v in pod(job)["volumes"] if v["name"] == mount["name"]]
+    assert volume["configMap"] == {"name": "demo-prompts"}
+
+
 @pytest.mark.parametrize("version", ["1.31", "1.34", "1.37"])
 @pytest.mark.parametrize("job", [make_job(), FULL, ASKING], ids=["small", "full", "asking"])
 def test_objects_fit_kubernetes_own_schemas(job: JobBuilder, version: str) -> None:

@@ -1,0 +1,245 @@
+"""What a checkpoint costs: the stall of training, and the transfer against boto3's own.
+
+    python -m benchmarks.checkpoint
+
+Tensors have the names and sizes of a LoRA of rank 32 on SD3.5-M. The store is SeaweedFS on this
+machine, so both sides of a transfer share its processors: ratios mean something, megabytes a second
+do not. Ours and boto3's transfers take turns.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import boto3
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tempflow_api import checkpoint_layout as layout
+from tempflow_trainer.checkpoint import Checkpoints, State, host_copy
+from tempflow_trainer.retention import Retention
+from tempflow_trainer.saving import Save, Saver
+from tempflow_trainer.store import S3Store
+from tests.faults.seaweedfs import seaweedfs
+
+BUCKET = "runs"
+RANK, WIDTH, BLOCKS = 32, 1536, 24
+"""Of SD3.5-M; the projections are those that the family adapts by default."""
+JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def lora(seed: int) -> dict[str, Tensor]:
+    """Random values in the place of the LoRA's."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"transformer_blocks.{b}.attn.{name}" for b in range(BLOCKS) for name in JOINT]
+    names += [f"transformer_blocks.{b}.attn.to_add_out" for b in range(BLOCKS - 1)]
+    sizes = {"lora_A": (RANK, WIDTH), "lora_B": (WIDTH, RANK)}
+    return {
+        f"{name}.{part}.default.weight": torch.randn(size, generator=generator)
+        for name in names
+        for part, size in sizes.items()
+    }
+
+
+class Trained:
+    """Weights, average and moments, as a run has them on its device; here in memory."""
+
+    def __init__(self) -> None:
+        self.weights, self.average = lora(0), lora(1)
+        self.moments = {
+            f"{moment}/{name}": value
+            for seed, moment in enumerate(("exp_avg", "exp_avg_sq"), start=2)
+            for name, value in lora(seed).items()
+        }
+
+    @property
+    def parameters(self) -> int:
+        return sum(value.numel() for value in self.weights.values())
+
+    def copy(self, step: int) -> tuple[State, Callable[[Path], None]]:
+        state = State(
+            step,
+            step,
+            host_copy(self.weights),
+            host_copy(self.average),
+            host_copy(self.moments),
+            {},
+        )
+
+        def export(folder: Path) -> None:
+            (folder / layout.ADAPTER).mkdir()
+            save_file(state.average, folder / layout.ADAPTER / "pytorch_lora_weights.safetensors")
+
+        return state, export
+
+
+def stall(run: Checkpoints, trained: Trained, rounds: int) -> tuple[float, list[Save]]:
+    """Median seconds that a save keeps the training, and the saves."""
+    ended: list[Save] = []
+    saver = Saver(run, wait_seconds=600, most_failures=1, on_end=ended.append, after=lambda: None)
+    seconds = []
+    for step in range(1, rounds + 1):
+        start = time.perf_counter()
+        saver.ready()
+        saver.begin(*trained.copy(step), {})
+        seconds.append(time.perf_counter() - start)
+        saver.settle(600)
+    return statistics.median(seconds), ended
+
+
+def lost_beside(start: Callable[[], None], going: Callable[[], bool]) -> tuple[float, float]:
+    """Share of a loop's speed that is lost while something else goes on, and for how long.
+
+    The loop is what a training process does while its GPU computes: start small operations from
+    Python.
+    """
+    values = torch.ones(64, 64)
+
+    def rate(seconds: float, going: Callable[[], bool]) -> float:
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds and going():
+            for _ in range(20):
+                values.add(1).sum()
+            count += 1
+        return count / (time.perf_counter() - began)
+
+    alone = rate(2, lambda: True)
+    start()
+    began = time.perf_counter()
+    beside = rate(600, going)
+    seconds = time.perf_counter() - began
+    return 1 - beside / max(alone, rate(2, lambda: True)), seconds
+
+
+def beside_thread(run: Checkpoints, trained: Trained, step: int) -> tuple[float, float]:
+    """What a save in a thread of the training process takes away."""
+    state, export = trained.copy(step)
+    thread = threading.Thread(target=run.save, args=(state, export))
+    return lost_beside(thread.start, thread.is_alive)
+
+
+def save_elsewhere(endpoint: str, staging: Path, ready: Event, go: Event) -> None:
+    """The same save in a process that does nothing else."""
+    staging.mkdir()
+    store = S3Store(f"s3://{BUCKET}/other", endpoint_url=endpoint, region="us-east-1")
+    run = Checkpoints(store, staging, 1, world_size=1, retention=Retention(2))
+    run.begin()
+    state, export = Trained().copy(1)
+    ready.set()
+    go.wait()
+    run.save(state, export)
+
+
+def beside_process(endpoint: str, staging: Path) -> tuple[float, float]:
+    """What a save in another process takes away: the machine's processors, and no lock."""
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Event(), context.Event()
+    process = context.Process(target=save_elsewhere, args=(endpoint, staging, ready, go))
+    process.start()
+    ready.wait()
+    found = lost_beside(go.set, process.is_alive)
+    process.join()
+    return found
+
+
+def transfers(
+    run: Checkpoints, trained: Trained, endpoint: str, folder: Path, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each round: ours and boto3's, the same files."""
+    client = boto3.client("s3", endpoint_url=endpoint)
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("save", "boto3 up", "load", "boto3 down")
+    }
+
+    def timed(name: str, action: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        action()
+        seconds[name].append(time.perf_counter() - start)
+
+    state, export = trained.copy(0)
+    with run.staged(state, export) as staged:
+        files = [file.path for file in staged.files]
+        for _ in range(rounds):
+            timed("save", lambda: run.send(staged, {}))
+            timed(
+                "boto3 up",
+                lambda: [
+                    client.upload_file(str(staged.local / path), BUCKET, f"plain/{path}")
+                    for path in files
+                ],
+            )
+    newest = run.newest_sound()
+    assert newest is not None
+    target = folder / "down"
+    target.mkdir()
+    loaded = [path for path in files if path.startswith(layout.STATE)]
+    for _ in range(rounds):
+        timed("load", lambda: run.load(newest))
+        timed(
+            "boto3 down",
+            lambda: [
+                client.download_file(BUCKET, f"plain/{path}", str(target / Path(path).name))
+                for path in loaded
+            ],
+        )
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    keys = {"accessKey": "test", "secretKey": "testtest"}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": keys["accessKey"],
+        "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with seaweedfs(folder, keys, BUCKET) as endpoint:
+            report(folder, endpoint, rounds)
+    return 0
+
+
+def report(folder: Path, endpoint: str, rounds: int) -> None:
+    staging = folder / "staging"
+    staging.mkdir()
+    store = S3Store(f"s3://{BUCKET}/run", endpoint_url=endpoint, region="us-east-1")
+    run = Checkpoints(store, staging, 1, world_size=1, retention=Retention(2))
+    run.begin()
+    trained = Trained()
+    waited, saves = stall(run, trained, rounds)
+    megabytes = saves[0].bytes / 1e6
+    print(f"{trained.parameters / 1e6:.1f} million parameters, {megabytes:.0f} MB a checkpoint")
+    print(f"stall of training      {waited:.3f} s: at most 1 % of steps from {100 * waited:.0f} s")
+    stage = statistics.median(save.stage_seconds for save in saves)
+    send = statistics.median(save.send_seconds for save in saves)
+    print(f"beside the training    {stage:.2f} s to local disk with SHA-256, {send:.2f} s to S3")
+    threads = [beside_thread(run, trained, rounds + 1 + n) for n in range(rounds)]
+    processes = [beside_process(endpoint, folder / f"other-{n}") for n in range(rounds)]
+    for where, measured in (("a thread", threads), ("a process", processes)):
+        lost = statistics.median(share for share, _ in measured)
+        seconds = statistics.median(seconds for _, seconds in measured)
+        print(f"saved in {where:14} a loop in Python is {lost:.0%} slower for {seconds:.1f} s")
+    found = transfers(run, trained, endpoint, folder, rounds)
+    for ours, theirs in (("save", "boto3 up"), ("load", "boto3 down")):
+        mine, other = statistics.median(found[ours]), statistics.median(found[theirs])
+        each = sorted(b / a for a, b in zip(found[ours], found[theirs], strict=True))
+        print(
+            f"{ours:22} {mine:.2f} s, boto3 {other:.2f} s: {other / mine:.0%} of its speed "
+            f"({each[0]:.0%} to {each[-1]:.0%})"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

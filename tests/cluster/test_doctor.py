@@ -1,0 +1,222 @@
+"""The doctor on a real API server: one fault each, and what it says to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tempflow import Client, Manifest
+from tempflow.cluster.doctor import Finding, examine
+from tempflow_api import naming
+from tests.cluster.apiserver import ApiServer
+from tests.cluster.client_objects import RUNNING_POD, digits, pod_of
+from tests.cluster.kubectl import JsonObject
+from tests.cluster.waiting import wait_for
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def healthy(api: ApiServer) -> Iterator[ApiServer]:
+    """With everything that the doctor looks for; each test breaks one thing."""
+    made = [operator(), node(gpus=4), dns(ready=True)]
+    for thing in made:
+        api.create(thing)
+    yield api
+    for thing in made:
+        delete(api, thing)
+
+
+def delete(api: ApiServer, thing: JsonObject) -> None:
+    namespace = thing["metadata"].get("namespace", "default")
+    api.kubectl.run(
+        *("delete", thing["kind"], thing["metadata"]["name"], "-n", namespace),
+        *("--ignore-not-found", "--cascade=background", "--wait=false", "--force"),
+    )
+
+
+def operator(ready: int = 2) -> JsonObject:
+    labels = {
+        "app.kubernetes.io/name": "tempflow",
+        "app.kubernetes.io/component": "operator",
+    }
+    pod = {"containers": [{"name": "operator", "image": "localhost/operator"}]}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "tempflow", "namespace": "default", "labels": labels},
+        "spec": {
+            "replicas": 2,
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+        "status": {"readyReplicas": ready, "replicas": 2},
+    }
+
+
+def node(gpus: int) -> JsonObject:
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": "gpu-node"},
+        "status": {"allocatable": {"nvidia.com/gpu": str(gpus)}},
+    }
+
+
+def dns(*, ready: bool) -> JsonObject:
+    endpoint = {"addresses": ["10.0.0.10"], "conditions": {"ready": ready}}
+    labels = {"kubernetes.io/service-name": "kube-dns"}
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "kube-dns-x", "namespace": "kube-system", "labels": labels},
+        "addressType": "IPv4",
+        "endpoints": [endpoint],
+    }
+
+
+def findings(api: ApiServer, *, user: str = "admin", job: Manifest | None = None) -> dict[str, Any]:
+    with Client(kubeconfig=str(api.kubeconfig(user))) as client:
+        found = examine(client.connection, job.job if job else None)
+        return {finding.check: finding for finding in found}
+
+
+def faults(found: dict[str, Finding]) -> list[str]:
+    return [name for name, finding in found.items() if finding.state == "fault"]
+
+
+def test_a_sound_cluster(healthy: ApiServer) -> None:
+    found = findings(healthy)
+    assert faults(found) == []
+    sound = ("api server", "resource definition", "rights", "operator", "gpus", "queue", "dns")
+    assert {found[name].state for name in sound} == {"ok"}
+    # Nothing was asked for that could tell.
+    assert found["storage"].state == "unknown"
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
+
+
+def stored_nowhere(name: str, **fields: object) -> Manifest:
+    """Whose store refuses the connection."""
+    return digits(name, **{"spec.checkpoint.endpointUrl": "http://127.0.0.1:9", **fields})
+
+
+@contextmanager
+def replaced(api: ApiServer, broken: JsonObject, sound: JsonObject) -> Iterator[None]:
+    api.create(broken)
+    try:
+        yield
+    finally:
+        api.create(sound)
+
+
+def test_an_operator_that_is_not_ready(healthy: ApiServer) -> None:
+    with replaced(healthy, operator(ready=0), operator()):
+        found = findings(healthy)
+    assert faults(found) == ["operator"]
+    assert found["operator"].found == "default/tempflow: 0 of 2 copies are ready"
+    assert "kubectl describe pods -n default" in found["operator"].remedy
+
+
+def test_no_operator(healthy: ApiServer) -> None:
+    delete(healthy, operator())
+    try:
+        assert faults(findings(healthy)) == ["operator"]
+    finally:
+        healthy.create(operator())
+
+
+def test_no_gpus(healthy: ApiServer) -> None:
+    with replaced(healthy, node(gpus=0), node(gpus=4)):
+        found = findings(healthy)["gpus"]
+    assert (found.state, "device plugin" in found.remedy) == ("warning", True)
+
+
+def test_a_job_that_wants_more_gpus_than_a_node_has(healthy: ApiServer) -> None:
+    needs = {"spec.compute.device": "cuda", "spec.compute.processesPerNode": 8}
+    wide = stored_nowhere("wide", **needs)
+    found = findings(healthy, job=wide)
+    assert "gpus" in faults(found)
+    assert found["gpus"].found == "a pod needs 8 nvidia.com/gpu, and no node has more than 4"
+
+
+def test_no_dns(healthy: ApiServer) -> None:
+    with replaced(healthy, dns(ready=False), dns(ready=True)):
+        assert faults(findings(healthy)) == ["dns"]
+
+
+def test_rights(healthy: ApiServer) -> None:
+    found = findings(healthy, user="nobody")
+    assert faults(found) == ["rights"]
+    assert "you may not get tempflowgrpojobs" in found["rights"].found
+    assert "create rolebinding" in found["rights"].remedy
+    hidden = ("operator", "gpus", "dns", "images")
+    assert {found[name].state for name in hidden} == {"unknown"}
+
+
+def test_a_store_that_is_not_there(healthy: ApiServer) -> None:
+    found = findings(healthy, job=stored_nowhere("lost"))
+    assert faults(found) == ["storage"]
+    assert "spec.compute.secretName" in found["storage"].remedy
+
+
+def test_an_image_that_cannot_be_pulled(healthy: ApiServer) -> None:
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}
+    pod = pod_of("pull", "some-uid", node="gpu-node", state=waiting, phase="Pending")
+    healthy.create(pod)
+    try:
+        found = findings(healthy)
+    finally:
+        delete(healthy, pod)
+    assert faults(found) == ["images"]
+    assert "ImagePullBackOff" in found["images"].found
+
+
+def test_an_image_that_was_pulled(healthy: ApiServer) -> None:
+    pod = pod_of("pulled", "some-uid", node="gpu-node", state=RUNNING_POD, phase="Running")
+    healthy.create(pod)
+    try:
+        assert findings(healthy)["images"].state == "ok"
+    finally:
+        delete(healthy, pod)
+
+
+def test_a_queue_without_kueue(healthy: ApiServer) -> None:
+    job = stored_nowhere("queued", **{"spec.runPolicy.queue": "gold"})
+    found = findings(healthy, job=job)
+    assert found["queue"].state == "fault"
+    assert "Kueue is not installed" in found["queue"].found
+
+
+def test_an_older_definition(healthy: ApiServer) -> None:
+    """Last, for it takes a moment until the server tells of another schema."""
+    name = f"{naming.PLURAL}.{naming.GROUP}"
+    field = (
+        "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/data/properties/shuffle"
+    )
+    path = Path(__file__).parents[2] / "charts/tempflow/files/crd.yaml"
+    healthy.kubectl.run(
+        *("patch", "crd", name, "--type=json", "-p", f'[{{"op": "remove", "path": "{field}"}}]')
+    )
+    try:
+        wait_for(
+            "the older schema",
+            lambda: findings(healthy)["resource definition"].state == "fault",
+            deadline_seconds=30,
+        )
+        found = findings(healthy)["resource definition"]
+        assert "spec.data.shuffle" in found.found
+        assert "crds.enabled" in found.remedy
+    finally:
+        healthy.kubectl.run("apply", "-f", str(path))
+        wait_for(
+            "the schema",
+            lambda: findings(healthy)["resource definition"].state == "ok",
+            deadline_seconds=30,
+        )

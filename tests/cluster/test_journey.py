@@ -1,0 +1,148 @@
+"""The whole way as its two people go it: the administrator's helm, and a user's commands.
+
+The user has nothing but the chart's edit role in one namespace, and no kubectl.
+"""
+
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster import scenario
+from tests.cluster.kubectl import Kubectl
+from tests.cluster.project_images import ProjectImages
+from tests.cluster.s3 import S3Server
+from tests.cluster.scenario import BUCKET, SECRET, SYSTEM, Release
+from tests.cluster.target import Target
+from tests.cluster.waiting import Say, wait_for
+
+pytestmark = pytest.mark.cluster
+
+EPOCHS = 6
+
+
+@dataclass(frozen=True)
+class Laptop:
+    """A folder in which one user types commands."""
+
+    folder: Path
+    user: Kubectl
+    s3: S3Server
+    namespace: str
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "tempflow", *arguments],
+            cwd=self.folder,
+            env={**self.user.environment(), **scenario.credentials(self.s3)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: str) -> str:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, f"{' '.join(arguments)}: {process.returncode}: {err}{out}"
+        return out
+
+
+@pytest.fixture
+def team(cluster: Target) -> Iterator[str]:
+    name = f"journey-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl.run("create", "namespace", name)
+    yield name
+    cluster.kubectl.run("delete", "namespace", name, "--timeout=2m")
+
+
+def test_from_helm_install_to_helm_uninstall(
+    cluster: Target, images: ProjectImages, team: str, s3: S3Server, tmp_path: Path, say: Say
+) -> None:
+    release = Release(cluster)
+    release.install(images)
+    say("installed")
+    try:
+        assert len(release.pods()) == 2
+        s3.create_bucket(BUCKET)
+        user = scenario.create_user(cluster.kubectl, team, s3, tmp_path)
+        research(Laptop(tmp_path, user, s3, team), say)
+    finally:
+        release.save_logs(cluster.our_own().state.logs)
+        release.uninstall()
+    wait_for("the namespace gone", lambda: gone(cluster, SYSTEM), deadline_seconds=90)
+    wait_for("nothing left", lambda: not left_over(cluster), deadline_seconds=30)
+
+
+def research(tempflow: Laptop, say: Say) -> None:
+    """What the user does."""
+    in_team = ("-n", tempflow.namespace)
+    store = ("--set", f"spec.checkpoint.endpointUrl={tempflow.s3.endpoint}")
+    examined = json.loads(tempflow("doctor", "-o", "json", *in_team))
+    states = {finding["check"]: finding["state"] for finding in examined}
+    assert "fault" not in states.values()
+    assert {states[check] for check in ("api server", "resource definition", "rights")} == {"ok"}
+    tempflow("init", "--preset", "digits", "--out", "job.yaml")
+    shorten(tempflow.folder / "job.yaml")
+    told = tempflow("submit", "job.yaml", *in_team, *store)
+    assert told == f"{tempflow.namespace}/digits: submitted; next: tempflow status digits\n"
+    say("submitted")
+    watching = tempflow.start("status", "digits", "--watch", *in_team)
+    tempflow("wait", "digits", "--for", "Running", "--timeout", "2m", *in_team)
+    say("running")
+    followed = tempflow("logs", "digits", "--follow", *in_team)
+    tempflow("wait", "digits", "--timeout", "1m", *in_team)
+    say("finished")
+    # What was read while it was written is what there is to read.
+    kept = tempflow("logs", "digits", *in_team)
+    assert sorted(followed.splitlines()) == sorted(kept.splitlines())
+    # With several pods each line says whose it is; one that has nothing to say is not there.
+    assert "[1/0]" in {line.split()[0] for line in followed.splitlines()} <= {"[1/0]", "[1/1]"}
+    watched, _ = watching.communicate(timeout=30)
+    assert watched.splitlines()[-1].startswith("digits: Succeeded, epoch 6/6")
+    (row,) = tempflow("list", *in_team).splitlines()[1:]
+    assert row.split()[:4] == ["digits", "Succeeded", "2", f"{EPOCHS}/{EPOCHS}"]
+    assert "AttemptStarted" in tempflow("events", "digits", *in_team)
+    assert "Completed" in tempflow("describe", "digits", *in_team)
+    listed = tempflow("checkpoints", "list", "job/digits", *in_team)
+    assert str(EPOCHS) in {line.split()[0] for line in listed.splitlines()[1:]}
+    tempflow("pull", "job/digits", "--to", "result", *in_team)
+    tempflow("sample", "result", "--prompt", "a three", "--count", "2", "--out", "three.png")
+    assert (tempflow.folder / "three.png").read_bytes().startswith(b"\x89PNG")
+    tempflow("report", "job/digits", "--out", "digits.html", *in_team)
+    assert "digit-ink" in (tempflow.folder / "digits.html").read_text()
+    say("pulled, drawn and told")
+    assert tempflow("delete", "digits", "--timeout", "2m", *in_team) == "digits: deleted\n"
+    assert tempflow("list", "-o", "name", *in_team) == ""
+
+
+def shorten(file: Path) -> None:
+    """An editor's work: six epochs on two nodes, and the prompts in a file of their own."""
+    raw = yaml.safe_load(file.read_text())
+    spec = raw["spec"]
+    (file.parent / "prompts.txt").write_text("\n".join(spec["data"].pop("prompts")) + "\n")
+    spec["data"]["promptsFile"] = "prompts.txt"
+    spec["algorithm"].update(epochs=EPOCHS, seedsPerPrompt=1)
+    spec["evaluation"] = {"everyEpochs": 100, "steps": 4, "prompts": 2, "imagesPerPrompt": 2}
+    spec["checkpoint"] = {"uri": f"s3://{BUCKET}/journey", "everyEpochs": 3}
+    spec["compute"].update(nodes=2, processesPerNode=1, secretName=SECRET)
+    file.write_text(yaml.safe_dump(raw))
+
+
+def left_over(cluster: Target) -> list[str]:
+    """Objects of the chart and of its jobs, whatever their kind."""
+    found = cluster.kubectl.items(
+        *("all,configmaps,secrets,leases,clusterroles,clusterrolebindings", "-A"),
+        *("-l", "app.kubernetes.io/name=tempflow"),
+    )
+    return [f"{one['kind']}/{one['metadata']['name']}" for one in found]
+
+
+def gone(cluster: Target, namespace: str) -> bool:
+    selected = f"--field-selector=metadata.name={namespace}"
+    return not cluster.kubectl.items("namespaces", selected)

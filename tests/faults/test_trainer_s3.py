@@ -1,0 +1,250 @@
+"""The real trainer under its launcher, with its checkpoints in S3: killed, stopped, resized."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tempflow import manifest
+from tempflow.checkpoints import open_store, pull, steps
+from tempflow_api import checkpoint_layout as layout
+from tempflow_api import naming
+from tempflow_api.errors import ExitCode
+from tests.faults.s3_proxy import Fault, Proxy, Seen
+
+pytestmark = pytest.mark.faults
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 150
+NAME = "stored"
+
+
+class Run:
+    """One run, as the operator starts it: the launcher, a job in a file, a store."""
+
+    def __init__(self, folder: Path, s3: Proxy) -> None:
+        self.folder, self.s3 = folder, s3
+        self.uri = f"s3://runs/{uuid.uuid4().hex}"
+        self.starts = 0
+
+    @property
+    def stored(self) -> str:
+        return f"{self.uri}/{NAME}"
+
+    def start(self, *, attempt: int = 1, processes: int = 1) -> subprocess.Popen[str]:
+        """A start on a machine that has nothing of the run."""
+        self.starts += 1
+        work = self.folder / f"machine-{self.starts}"
+        work.mkdir(parents=True)
+        (work / "job.yaml").write_text(yaml.safe_dump(self._manifest(processes)))
+        job = manifest.read(str(work / "job.yaml")).job
+        (work / "job.json").write_text(job.model_dump_json(by_alias=True))
+        return subprocess.Popen(
+            [sys.executable, "-m", "tempflow_trainer.launch"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                naming.ENV_JOB_FILE: str(work / "job.json"),
+                naming.ENV_WORK_DIR: str(work),
+                naming.ENV_ATTEMPT: str(attempt),
+            },
+        )
+
+    def _manifest(self, processes: int) -> dict[str, object]:
+        given = yaml.safe_load((ROOT / "examples/digits.yaml").read_text())
+        given["metadata"] = {"name": NAME}
+        spec = given["spec"]
+        spec["algorithm"] |= {
+            "epochs": 4,
+            "promptsPerEpoch": 4,
+            "seedsPerPrompt": 1,
+            "updatesPerEpoch": 2,
+        }
+        spec["model"]["ema"] = {"decay": 0.9, "everyUpdates": 1}
+        spec["evaluation"] = {"everyEpochs": 2, "steps": 4, "prompts": 2, "imagesPerPrompt": 2}
+        spec["checkpoint"] = {
+            "everyEpochs": 1,
+            "keepLast": 9,
+            "uri": self.uri,
+            "endpointUrl": self.s3.endpoint,
+        }
+        spec["compute"] |= {"processesPerNode": processes}
+        return dict(given)
+
+    def committed(self) -> list[int]:
+        return [s.step for s in steps(open_store(self.stored, self.s3.endpoint, "us-east-1"))]
+
+    def result(self) -> dict[str, str]:
+        """Digests of what the run ended with, and of its record but for the times."""
+        store = open_store(self.stored, self.s3.endpoint, "us-east-1")
+        newest = steps(store)[-1]
+        folder = pull(store, newest, self.folder / f"result-{uuid.uuid4().hex}")
+        found = {
+            file.relative_to(folder).as_posix(): digest(file.read_bytes())
+            for file in sorted(folder.rglob("*.safetensors"))
+        }
+        for name in (layout.METRICS, layout.EVALUATIONS):
+            lines = bytes(store.files.cat_file(store.path(name))).decode().splitlines()
+            rows = [yaml.safe_load(line) for line in lines]
+            for row in rows:
+                for timed in ("time", "seconds", "imagesPerSecond"):
+                    row.pop(timed, None)
+            found[name] = digest(yaml.safe_dump(rows).encode())
+        return found
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    return process.returncode, output
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    below = psutil.Process(process.pid).children(recursive=True)
+    found = [p for p in below if "tempflow_trainer.main" in p.cmdline() and "-u" in p.cmdline()]
+    return sorted(found, key=lambda p: p.pid)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    for victim in psutil.Process(process.pid).children(recursive=True):
+        victim.kill()
+    process.kill()
+    finish(process)
+
+
+class Hold:
+    """Holds one request until it is let go."""
+
+    def __init__(self, s3: Proxy, operation: str, key: str) -> None:
+        self._reached, self._go = threading.Event(), threading.Event()
+
+        def hold(_seen: Seen) -> None:
+            self._reached.set()
+            self._go.wait(PATIENCE_SECONDS)
+
+        s3.add(Fault(operation, key=key, times=1, before=hold))
+
+    def wait(self, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self._reached.wait(0.1):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "nothing happened"
+
+    def release(self) -> None:
+        self._go.set()
+
+
+@pytest.fixture
+def run(s3: Proxy, tmp_path: Path) -> Run:
+    return Run(tmp_path, s3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(moto: Proxy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    moto.clear()
+    run = Run(tmp_path_factory.mktemp("undisturbed"), moto)
+    code, output = finish(run.start())
+    assert code == ExitCode.DONE, output
+    assert run.committed() == [1, 2, 3, 4]
+    return run.result()
+
+
+def of_step(step: int, what: str) -> str:
+    return rf"step-{step:010d}-.*/{what}"
+
+
+def test_kill_9_in_a_save_loses_that_save_only(
+    run: Run, s3: Proxy, undisturbed: dict[str, str]
+) -> None:
+    hold = Hold(s3, "PutObject", of_step(2, layout.MANIFEST))
+    process = run.start()
+    hold.wait(process)
+    kill_all(process)
+    hold.release()
+    assert run.committed() == [1]
+    code, output = finish(run.start(attempt=2))
+    assert code == ExitCode.DONE, output
+    assert "continues after 1 epochs" in output
+    assert run.result() == undisturbed
+
+
+def test_sigterm_in_a_save_completes_it(run: Run, s3: Proxy, undisturbed: dict[str, str]) -> None:
+    hold = Hold(s3, "PutObject", of_step(2, layout.MANIFEST))
+    process = run.start()
+    hold.wait(process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    hold.release()
+    code, output = finish(process)
+    assert code == ExitCode.PREEMPTED, output
+    assert "the state is committed at" in output
+    assert output.splitlines()[-1].startswith("note: stopped after ")
+    done = run.committed()[-1]
+    assert done >= 2
+    # The pods of the same attempt are started again, as a queue does.
+    code, output = finish(run.start())
+    assert code == ExitCode.DONE, output
+    assert f"continues after {done} epochs" in output
+    assert run.result() == undisturbed
+
+
+def test_sigterm_to_one_rank_stops_all_and_another_number_goes_on(run: Run, s3: Proxy) -> None:
+    hold = Hold(s3, "PutObject", of_step(1, layout.MANIFEST))
+    process = run.start(processes=2)
+    hold.wait(process)
+    ranks_of(process)[1].send_signal(signal.SIGTERM)
+    hold.release()
+    code, output = finish(process)
+    assert code == ExitCode.PREEMPTED, output
+    done = run.committed()[-1]
+    assert 1 <= done < 4
+    code, output = finish(run.start(attempt=2, processes=1))
+    assert code == ExitCode.DONE, output
+    assert f"continues after {done} epochs" in output
+    assert run.committed() == [1, 2, 3, 4]
+
+
+def test_a_start_that_was_taken_over_stops_itself(
+    run: Run, s3: Proxy, undisturbed: dict[str, str]
+) -> None:
+    hold = Hold(s3, "PutObject", of_step(2, layout.MANIFEST))
+    old = run.start()
+    hold.wait(old)
+    for rank in ranks_of(old):
+        rank.suspend()
+    code, output = finish(run.start(attempt=2))
+    assert code == ExitCode.DONE, output
+    hold.release()
+    for rank in ranks_of(old):
+        rank.resume()
+    code, output = finish(old)
+    assert code == ExitCode.FENCED, output
+    assert "what this one writes no longer counts" in output
+    store = open_store(run.stored, s3.endpoint, "us-east-1")
+    assert [step.attempt for step in steps(store)] == [1, 2, 2, 2]
+    assert run.result() == undisturbed
+
+
+def test_a_store_that_is_lost_ends_the_run_with_a_code_of_its_own(run: Run, s3: Proxy) -> None:
+    s3.add(Fault("PutObject", key=of_step(2, "") + "|" + of_step(3, ""), status=403))
+    s3.add(Fault("PutObject", key=of_step(4, ""), status=403, code="AccessDenied"))
+    code, output = finish(run.start())
+    assert code == ExitCode.UNCOMMITTED, output
+    assert "3 checkpoints in a row could not be stored" in output
+    assert output.splitlines()[-1].startswith("error: ")
+    assert run.committed() == [1]

@@ -1,0 +1,293 @@
+"""The real service on loopback, asked by the real client and by clients that misbehave."""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+import torch
+
+from tempflow_api.errors import RewardFailed
+from tempflow_api.v1alpha1 import RewardTerm
+from tempflow_trainer.rewards import registry, wire
+from tempflow_trainer.rewards import remote as remote_module
+from tempflow_trainer.rewards.batching import Sample, ScorerFailed, answers_of
+from tempflow_trainer.rewards.serve import Limits
+from tempflow_trainer.rewards.transport import ServiceFailed, Unavailable
+from tests.unit.trainer.reward_servers import Moody, Red, reds, remote, score, served
+from tests.unit.trainer.test_reward_wire import bomb
+
+Parts = list[tuple[str, tuple[str, bytes, str]]]
+
+
+def parts_of(count: int = 1, *, prompts: list[str] | None = None) -> Parts:
+    """The parts of a request for pictures of levels 0, 1, ..."""
+    texts = prompts or [f"prompt {i}" for i in range(count)]
+    asked = wire.request_of(texts, [{}] * len(texts), call="test")
+    files = [wire.encode_image(image) for image in reds(*range(len(texts)))]
+    request = ("request", ("", asked.json_bytes(), "application/json"))
+    return [request, *(("image", ("0.png", content, "image/png")) for content in files)]
+
+
+def post(url: str, parts: Parts, **headers: str) -> requests.Response:
+    return requests.post(url + wire.SCORE_PATH, files=parts, headers=headers, timeout=10)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_a_served_reward_scores_as_it_does_in_process(image_format: str) -> None:
+    pictures = torch.randint(0, 256, (11, 3, 14, 14), dtype=torch.uint8)
+    asked = (pictures, ["a three"] * 11, [{"n": i} for i in range(11)])
+    here = registry.build([RewardTerm(name="digit-log-probability")])
+    with served(here.terms[0].scorer, name="digit-log-probability") as (url, _):
+        away = remote(
+            url, name="digit-log-probability", imageFormat=image_format, imagesPerRequest=3
+        )
+        assert away.score(*asked).keys() == here.score(*asked).keys()
+        [found], [expected] = away.score(*asked).values(), here.score(*asked).values()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_requests_are_scored_together_and_each_gets_its_own_scores() -> None:
+    scorer = Red(batch_size=8, seconds=0.1)
+    with served(scorer) as (url, _), ThreadPoolExecutor(12) as clients:
+        found = list(clients.map(lambda level: score(remote(url), level), range(12)))
+    assert found == [[float(level)] for level in range(12)]
+    assert sum(scorer.calls) == 12
+    assert max(scorer.calls) > 1
+    assert len(scorer.calls) < 7
+
+
+def test_pictures_of_different_sizes_and_large_requests_share_a_queue() -> None:
+    scorer = Red(batch_size=2)
+    with served(scorer) as (url, _):
+        assert score(remote(url), *range(7)) == [float(i) for i in range(7)]
+    assert max(scorer.calls) <= 2
+
+
+def test_a_picture_without_a_score_is_missing_and_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with served(Moody()) as (url, _):
+        found = score(remote(url), 1, 2, 3, prompts=["a", "missing", "c"])
+    assert found[0] == 1
+    assert found[2] == 3
+    assert found[1] != found[1]
+    assert "no score for 1 images: no face found" in caplog.text
+
+
+def test_a_request_that_makes_the_scorer_fail_harms_no_other() -> None:
+    with served(Moody(seconds=0.1)) as (url, _), ThreadPoolExecutor(5) as clients:
+        bad = [clients.submit(post, url, parts_of(prompts=[prompt])) for prompt in ("raise", "nan")]
+        good = [clients.submit(post, url, parts_of(3)) for _ in range(3)]
+        assert [reply.result().status_code for reply in good] == [200] * 3
+        answers = [reply.result() for reply in bad]
+    assert [answer.status_code for answer in answers] == [500, 500]
+    said = [answer.json()["error"] for answer in answers]
+    assert said[0] == "reward red: RuntimeError: a mood"
+    assert said[1] == "reward red: gave nan for an image of prompt 'nan'"
+
+
+def test_groups_that_are_compared_are_never_scored_with_others() -> None:
+    scorer = Red(batch_size=4, seconds=0.02, group_wise=True)
+    with served(scorer) as (url, _), ThreadPoolExecutor(4) as clients:
+        reward = remote(url)
+        assert reward.group_wise
+        assert reward.terms[0].scorer.batch_size == 4
+        found = list(clients.map(lambda n: post(url, parts_of(n)), [2, 3, 4, 2]))
+        too_large = post(url, parts_of(5))
+    assert [reply.status_code for reply in found] == [200] * 4
+    assert sorted(scorer.calls) == [2, 2, 3, 4]
+    assert (too_large.status_code, too_large.json()["error"]) == (413, "more than 4 images")
+
+
+def test_a_full_queue_refuses_and_a_client_that_returns_is_served() -> None:
+    scorer = Red(batch_size=2, seconds=0.1)
+    with served(scorer, Limits(images=4)) as (url, service), ThreadPoolExecutor(8) as clients:
+        replies = list(clients.map(lambda _: post(url, parts_of(2)), range(8)))
+        refused = [reply for reply in replies if reply.status_code != 200]
+        assert 0 < len(refused) < 8
+        assert {reply.status_code for reply in refused} == {429}
+        assert {reply.headers["Retry-After"] for reply in refused} == {"1"}
+        reward = remote(url, timeoutSeconds=3.0, deadlineSeconds=9.0, imagesPerRequest=2)
+        found = list(clients.map(lambda _: score(reward, 5, 6), range(4)))
+        assert found == [[5.0, 6.0]] * 4
+        assert service.batcher.held == 0
+
+
+def test_a_client_that_goes_away_takes_its_pictures_with_it() -> None:
+    scorer = Red(batch_size=1, seconds=0.3)
+    with served(scorer) as (url, service), ThreadPoolExecutor(4) as clients:
+        first = clients.submit(post, url, parts_of(1))
+        time.sleep(0.1)
+        with pytest.raises(requests.Timeout):
+            requests.post(url + wire.SCORE_PATH, files=parts_of(1), timeout=0.1)
+        assert first.result().status_code == 200
+        assert post(url, parts_of(1)).status_code == 200
+        assert (len(scorer.calls), service.batcher.held, service.active) == (2, 0, 0)
+
+
+def with_request(content: bytes) -> Parts:
+    return [("request", ("", content, "application/json")), *parts_of()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "message"),
+    [
+        ([("request", ("", b"{}", "application/json"))], 400, "part 'request': items: Field"),
+        (with_request(b'{"items": [{"prompt": "a"}]}'), 400, "part 'request': items.0.id"),
+        (with_request(b"not json"), 400, "part 'request': : Invalid JSON"),
+        (parts_of(2)[:2], 400, "2 items, but 1 images"),
+        (parts_of(1)[1:], 400, "part 0 is not called 'request'"),
+        (
+            [parts_of()[0], ("image", ("a", b"GIF89a", "image/png"))],
+            422,
+            "item test-0: not a whole",
+        ),
+        ([parts_of()[0], ("image", ("a", bomb(3_000), "image/png"))], 422, "item test-0: the pict"),
+        ([parts_of()[0], ("image", ("a", bytes(60_000), "image/png"))], 413, "more than 50000"),
+        (parts_of(17), 413, "more than 16 images"),
+    ],
+    ids=["empty", "no id", "no json", "short", "order", "gif", "bomb", "bytes", "images"],
+)
+def test_a_request_that_is_none_is_told_so(parts: Parts, status: int, message: str) -> None:
+    with served(Red(), Limits(images=16, request_bytes=50_000)) as (url, service):
+        reply = post(url, parts)
+        assert (reply.status_code, reply.json()["error"][: len(message)]) == (status, message)
+        assert (service.active, service.batcher.held) == (0, 0)
+        assert post(url, parts_of()).status_code == 200
+
+
+def test_a_body_of_another_type_or_of_unsaid_length_is_bounded_too() -> None:
+    with served(Red(), Limits(request_bytes=50_000)) as (url, _):
+        plain = requests.post(url + wire.SCORE_PATH, data=b"\x80\x04.", timeout=10)
+        assert plain.status_code == 415
+        body = requests.Request("POST", url, files=parts_of(1)).prepare()
+        assert isinstance(body.body, bytes)
+        head, tail = body.body[:-40], body.body[-40:]
+        endless = requests.post(
+            url + wire.SCORE_PATH,
+            data=iter([head, *[bytes(10_000)] * 10, tail]),
+            headers={"Content-Type": body.headers["Content-Type"]},
+            timeout=10,
+        )
+        assert endless.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("given", "status"), [(None, 401), ("Bearer no", 401), ("Bearer yes", 200)]
+)
+def test_a_token_is_asked_for_where_pictures_are_scored(given: str | None, status: int) -> None:
+    headers = {"Authorization": given} if given else {}
+    with served(Red(), token="yes") as (url, _):
+        assert post(url, parts_of(), **headers).status_code == status
+        described = requests.get(url + wire.REWARD_PATH, headers=headers, timeout=10)
+        assert described.status_code == status
+        assert requests.get(url + wire.HEALTH_PATH, timeout=10).status_code == 200
+
+
+def test_the_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(Red(), token="s3cret") as (url, _):
+        with pytest.raises(RewardFailed, match=r"rewards\[0\]\.service\.tokenVariable: the env"):
+            remote(url, tokenVariable="REWARD_TOKEN")
+        monkeypatch.setenv("REWARD_TOKEN", "s3cret")
+        reward = remote(url, tokenVariable="REWARD_TOKEN")
+        assert score(reward, 7) == [7.0]
+        assert "s3cret" not in repr(reward)
+        monkeypatch.setenv("REWARD_TOKEN", "wrong")
+        with pytest.raises(RewardFailed, match=r"status 401: .*the bearer token is missing or wr"):
+            score(remote(url, tokenVariable="REWARD_TOKEN"), 7)
+
+
+def test_health_and_metrics_tell_what_goes_on() -> None:
+    with served(Moody(), Limits(images=16)) as (url, service):
+        post(url, parts_of(prompts=["a", "missing"]))
+        post(url, parts_of(prompts=["raise"]))
+        post(url, parts_of(17))
+        text = requests.get(url + wire.METRICS_PATH, timeout=10).text
+        for line in (
+            'tempflow_reward_requests_total{code="200",reward="red"} 1.0',
+            'tempflow_reward_requests_total{code="500",reward="red"} 1.0',
+            'tempflow_reward_requests_total{code="413",reward="red"} 1.0',
+            'tempflow_reward_images_total{outcome="scored",reward="red"} 1.0',
+            'tempflow_reward_images_total{outcome="failed",reward="red"} 1.0',
+            'tempflow_reward_queued_images{reward="red"} 0.0',
+            'tempflow_reward_batch_images_count{reward="red"} 1.0',
+        ):
+            assert line in text
+        assert requests.get(url + wire.HEALTH_PATH, timeout=10).json()["reward"] == "red"
+        service.draining = True
+        assert requests.get(url + wire.HEALTH_PATH, timeout=10).status_code == 503
+        assert post(url, parts_of()).headers["Retry-After"] == "1"
+
+
+def terms(url: str, name: str = "red") -> list[RewardTerm]:
+    service = {"endpoints": [url], "timeoutSeconds": 0.5}
+    return [RewardTerm.model_validate({"name": name, "service": service})]
+
+
+def test_services_are_checked_before_anything_is_loaded() -> None:
+    with served(Red()) as (url, _):
+        remote_module.check(terms(url))
+        with pytest.raises(RewardFailed, match="serves the reward 'red', expected 'blue'"):
+            remote_module.check(terms(url, "blue"))
+    with pytest.raises(RewardFailed) as caught:
+        remote_module.check(terms(url))
+    said = str(caught.value)
+    assert said.startswith(
+        "spec.rewards[0].service: the service of reward red is not there: no ans"
+    )
+    assert url in said
+    assert "start it (python -m tempflow_trainer.rewards.serve)" in said
+
+
+def test_requests_are_balanced_over_endpoints_and_go_past_a_dead_one() -> None:
+    with served(Red(seconds=0.02)) as (dead, _):
+        pass
+    one, other = Red(seconds=0.02), Red(seconds=0.02)
+    with served(one) as (first, _), served(other) as (second, _):
+        reward = remote(first, second, dead, imagesPerRequest=1, deadlineSeconds=9.0)
+        levels = list(range(24))
+        assert score(reward, *levels) == [float(level) for level in levels]
+    assert sum(one.calls) + sum(other.calls) == 24
+    assert min(sum(one.calls), sum(other.calls)) >= 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s, None),
+        (lambda s: s[:-1], "gives 2 scores for 3 images"),
+        (
+            lambda s: [s[1], s[0], s[2]],
+            "answers out of order: score 0 has id 'c-1', expected 'c-0'",
+        ),
+        (lambda s: [{**x, "id": "d" + x["id"][1:]} for x in s], "answers out of order"),
+        (lambda s: [{**x, "score": float("nan")} for x in s], "gives a score of NaN"),
+        (lambda s: [{**x, "score": "high"} for x in s], "answers with no scores: scores.0.score"),
+    ],
+    ids=["right", "short", "order", "of another call", "nan", "text"],
+)
+def test_a_reply_is_believed_only_if_it_answers_the_question(
+    change: Callable[[list[dict[str, object]]], object], message: str | None
+) -> None:
+    asked = wire.request_of(["a"] * 3, [{}] * 3, call="c")
+    scores: list[dict[str, object]] = [{"id": item.id, "score": 0.5} for item in asked.items]
+    body = json.dumps({"version": 1, "scores": change(scores)}).encode()
+    if message is None:
+        assert [s.score for s in remote_module.scores_of(body, asked, "http://x")] == [0.5] * 3
+        with pytest.raises(Unavailable):
+            remote_module.scores_of(body[:-9], asked, "http://x")
+        return
+    with pytest.raises(ServiceFailed, match=message):
+        remote_module.scores_of(body, asked, "http://x")
+
+
+def test_a_scorer_that_gives_another_number_of_scores_is_an_error() -> None:
+    class Short(Red):
+        def score(self, images_N3HW, prompts, metadata):  # type: ignore[no-untyped-def]
+            return torch.zeros(len(prompts) + 1)
+
+    with pytest.raises(ScorerFailed, match=r"shape \[2\] for 1 images"):
+        answers_of(Short(), [Sample(reds(1)[0], "a", {})])

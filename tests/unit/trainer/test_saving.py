@@ -1,0 +1,124 @@
+"""Saves beside the training: what it waits for, and when failures end it."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempflow_api.errors import Fenced, StoreUnavailable, Uncommitted
+from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.retention import Retention
+from tempflow_trainer.saving import Save, Saver
+from tempflow_trainer.store import FolderStore
+
+
+class Gate(FolderStore):
+    """A folder whose files wait for permission, or are refused."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.open = threading.Event()
+        self.open.set()
+        self.refused = False
+
+    def put(self, file: Path, key: str) -> None:
+        self.open.wait(20)
+        if self.refused and key.startswith("checkpoints/"):
+            raise StoreUnavailable(f"cannot write {key}: refused")
+        super().put(file, key)
+
+
+class Beside:
+    """A saver on such a folder, and what it told."""
+
+    def __init__(self, folder: Path, wait_seconds: float = 20) -> None:
+        self.store = Gate(folder / "store")
+        self.run = Checkpoints(self.store, folder, 0, world_size=1, retention=Retention(2))
+        self.run.begin()
+        self.ended: list[Save] = []
+        self.after: list[None] = []
+        self.weights = {"w": torch.zeros(3)}
+        self.saver = Saver(
+            self.run,
+            wait_seconds=wait_seconds,
+            most_failures=2,
+            on_end=self.ended.append,
+            after=lambda: self.after.append(None),
+        )
+
+    def offer(self, step: int) -> bool:
+        """What a session does when a save is due."""
+        if not self.saver.ready():
+            return False
+        self.saver.begin(self.state(step), lambda _folder: None, {"reward": float(step)})
+        return True
+
+    def state(self, step: int) -> State:
+        values = {name: value.clone() for name, value in self.weights.items()}
+        return State(step, step, values, values, {}, {})
+
+    def steps(self) -> list[int]:
+        return [folder.step for folder in self.run.committed()]
+
+
+@pytest.fixture
+def beside(tmp_path: Path) -> Beside:
+    return Beside(tmp_path)
+
+
+def test_training_changes_the_weights_while_the_old_ones_are_stored(beside: Beside) -> None:
+    beside.store.open.clear()
+    assert beside.offer(1)
+    beside.weights["w"] += 7
+    assert not beside.saver.settle(0)
+    assert beside.ended == []
+    beside.store.open.set()
+    assert beside.saver.settle(20)
+    (save,) = beside.ended
+    assert (save.step, save.error, len(beside.after)) == (1, None, 1)
+    assert save.bytes > 0
+    assert save.folder is not None
+    assert torch.equal(beside.run.load(save.folder).trained["w"], torch.zeros(3))
+
+
+def test_a_save_that_is_due_too_early_is_skipped(tmp_path: Path) -> None:
+    beside = Beside(tmp_path, wait_seconds=0.05)
+    beside.store.open.clear()
+    assert beside.offer(1)
+    assert not beside.offer(2)
+    beside.store.open.set()
+    assert beside.saver.settle(20)
+    assert beside.offer(3)
+    assert beside.saver.settle(20)
+    assert beside.steps() == [3, 1]
+
+
+def test_a_success_forgives_and_failures_in_a_row_end_the_run(beside: Beside) -> None:
+    for step, refused in enumerate((True, False, True), start=1):
+        beside.store.refused = refused
+        assert beside.offer(step)
+        assert beside.saver.settle(20)
+    assert [save.error is None for save in beside.ended] == [False, True, False]
+    beside.offer(4)
+    with pytest.raises(Uncommitted, match=r"2 checkpoints in a row .*: cannot write .*refused"):
+        beside.saver.settle(20)
+    assert beside.steps() == [2]
+    assert len(beside.after) == 1
+
+
+def test_a_start_that_was_taken_over_learns_it(beside: Beside, tmp_path: Path) -> None:
+    Checkpoints(FolderStore(tmp_path / "store"), tmp_path, 1, 1, Retention(2)).begin()
+    beside.offer(1)
+    with pytest.raises(Fenced, match="start 1 of attempt 1 has taken the run"):
+        beside.saver.settle(20)
+    assert beside.steps() == []
+
+
+def test_a_bug_is_not_a_store_that_refuses(beside: Beside) -> None:
+    def broken(_folder: Path) -> None:
+        raise ZeroDivisionError
+
+    beside.saver.begin(beside.state(1), broken, {})
+    with pytest.raises(ZeroDivisionError):
+        beside.saver.settle(20)

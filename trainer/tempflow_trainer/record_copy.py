@@ -1,0 +1,48 @@
+"""The record of a run beside its checkpoints, where these are elsewhere: it outlives the pods."""
+
+from pathlib import Path
+
+from tempflow_api import checkpoint_layout as layout
+from tempflow_trainer.store import Store
+
+
+class RecordCopy:
+    """Sends what changed, and fetches all on a new machine."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        """``folder`` is the run's own, which holds the record."""
+        self._folder, self._store = folder, store
+        self._sent: dict[str, tuple[int, int]] = {}
+        """Size and time of change of what the store has."""
+
+    def send(self) -> None:
+        """Store the files that changed since they were sent.
+
+        Raises:
+            StoreUnavailable: the store refuses.
+        """
+        if self._in_place():
+            return
+        root = self._folder / layout.RECORD
+        for file in sorted(root.rglob("*")):
+            if not file.is_file() or file.name.endswith(".partial"):
+                continue
+            key = f"{layout.RECORD}/{file.relative_to(root).as_posix()}"
+            status = file.stat()
+            if self._sent.get(key) != (status.st_size, status.st_mtime_ns):
+                self._store.put(file, key)
+                self._sent[key] = (status.st_size, status.st_mtime_ns)
+
+    def fetch(self) -> None:
+        """On a new machine the record so far is in the store only.
+
+        Raises:
+            StoreUnavailable: the store refuses.
+        """
+        if self._in_place() or (self._folder / layout.METRICS).is_file():
+            return
+        for key in self._store.find(layout.RECORD):
+            self._store.get(key, self._folder / key)
+
+    def _in_place(self) -> bool:
+        return Path(self._store.uri) == self._folder.absolute()

@@ -1,0 +1,147 @@
+"""Checkpoints beside the training: it waits for a copy in memory, a thread does the rest.
+
+One checkpoint is in flight. A thread, not a process: hashing, disk and network mostly wait outside
+the interpreter's lock; ``benchmarks/checkpoint.py`` compares the two.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tempflow_api.errors import StoreUnavailable, Uncommitted
+from tempflow_trainer.checkpoint import Checkpoints, State
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Save:
+    """One checkpoint on its way, and what became of it."""
+
+    step: int
+    stall_seconds: float
+    """That training waited, for the copy in memory and for the save before."""
+    stage_seconds: float = 0.0
+    """Writing to local disk, with digests."""
+    send_seconds: float = 0.0
+    """From the first request to the entry that makes it count."""
+    bytes: int = 0
+    folder: str | None = None
+    error: BaseException | None = None
+
+
+class Saver:
+    """Starts saves and tells how they ended; used by the training's thread only."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        *,
+        wait_seconds: float,
+        most_failures: int,
+        on_end: Callable[[Save], None],
+        after: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            wait_seconds: longest wait for the save before; then the new one is skipped.
+            most_failures: so many failed or skipped saves in a row end the run.
+            on_end: told of every save that ended, well or not, in the training's thread.
+            after: follows a commit in the saver's own thread; its failure is a warning.
+        """
+        self._checkpoints = checkpoints
+        self._wait_seconds, self._most_failures = wait_seconds, most_failures
+        self._on_end, self._after = on_end, after
+        self._thread: threading.Thread | None = None
+        self._save = Save(0, 0.0)
+        self._failures = 0
+
+    def ready(self) -> bool:
+        """Wait for the save before; False when it takes too long, and this one is skipped.
+
+        Raises:
+            TempFlowError: as ``settle`` does.
+        """
+        if self.settle(self._wait_seconds):
+            return True
+        self._count_failure(f"the one before took more than {self._wait_seconds:g} s")
+        return False
+
+    def begin(
+        self,
+        state: State,
+        export: Callable[[Path], None],
+        evaluation: Mapping[str, float],
+        *,
+        stall_seconds: float = 0.0,
+    ) -> None:
+        """Save, when ``ready``.
+
+        Args:
+            state: copies in memory, which training does not change.
+            export: writes the exported result of that state into a folder.
+            evaluation: metrics of this step, if it was evaluated.
+            stall_seconds: that training has waited for this.
+        """
+        self._save = save = Save(state.epochs_done, stall_seconds)
+        self._thread = threading.Thread(
+            target=self._run, args=(save, state, export, evaluation), name="save", daemon=True
+        )
+        self._thread.start()
+
+    def settle(self, seconds: float) -> bool:
+        """Wait for the save in flight, if there is one; whether none is in flight any more.
+
+        Raises:
+            Fenced: a newer start has taken the run over.
+            Uncommitted: too many saves failed in a row.
+        """
+        if self._thread is None:
+            return True
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return False
+        self._thread, save = None, self._save
+        self._on_end(save)
+        if save.error is None:
+            self._failures = 0
+        elif isinstance(save.error, StoreUnavailable):
+            self._count_failure(str(save.error))
+        else:
+            raise save.error
+        return True
+
+    def _count_failure(self, reason: str) -> None:
+        self._failures += 1
+        log.error("no checkpoint this time: %s", reason)
+        if self._failures >= self._most_failures:
+            raise Uncommitted(
+                f"{self._failures} checkpoints in a row could not be stored, so more training "
+                f"would be lost with the next fault: {reason}"
+            )
+
+    def _run(
+        self,
+        save: Save,
+        state: State,
+        export: Callable[[Path], None],
+        evaluation: Mapping[str, float],
+    ) -> None:
+        try:
+            start = time.perf_counter()
+            with self._checkpoints.staged(state, export) as staged:
+                save.bytes = staged.bytes
+                save.stage_seconds = time.perf_counter() - start
+                start = time.perf_counter()
+                save.folder = self._checkpoints.send(staged, evaluation)
+                save.send_seconds = time.perf_counter() - start
+        except BaseException as error:  # handed over to the training's thread
+            save.error = error
+            return
+        try:
+            self._after()
+        except StoreUnavailable as error:
+            log.warning("the checkpoint is complete, but its record is not: %s", error)
