@@ -10,25 +10,26 @@ import pytest
 
 pytestmark = pytest.mark.faults
 
+# No more than scoring needs: a run's imports take half a minute on a busy machine.
 RANK = """
 import logging, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
-from dataclasses import replace
-from tempflow_trainer import distributed, loop, scoring
-from tempflow_trainer.rewards.base import Reward, Term
-from tests.numerics.toys import Brightness, run_of, spec_of
+from tempflow_trainer import distributed, scoring
 
 distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=3)
 scoring.BEAT_SECONDS = float(sys.argv[1])
 rank = int(os.environ["RANK"])
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 
-class Slow(Brightness):
-    def score(self, *arguments):
-        time.sleep(6.0 * rank)
-        return super().score(*arguments)
+def score(on_call):
+    on_call("quick", 64)
+    on_call("slow", 0)
+    on_call("slow", 41)
+    time.sleep(6.0 * rank)
+    on_call("slow", 23)
+    return {"slow": torch.full((64,), float(rank))}
 
 # The short time-out is for collectives, not for the imports of a busy machine.
 ready = [Path(__file__).with_name(f"ready-{n}") for n in range(2)]
@@ -36,9 +37,10 @@ ready[rank].touch()
 while not all(file.exists() for file in ready):
     time.sleep(0.01)
 ranks = distributed.join()
-run = replace(run_of(spec_of()), ranks=ranks, reward=Reward([Term("slow", 1.0, Slow())]))
-metrics = loop.run_epoch(run, 0)
-print(metrics["reward"], float(sum(p.sum() for p in run.tuning.parameters().values())))
+work = scoring.Scoring(["quick", "slow"], ranks)
+work.submit(64, score)
+scores = ranks.gather_rows(work.wait()["slow"])
+print([float(part.sum()) for part in scores])
 distributed.leave()
 """
 
@@ -73,8 +75,8 @@ def test_a_reward_slower_than_the_collectives_bear_costs_time_only(tmp_path: Pat
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said + other
-    assert first == second
-    assert "waiting for reward slow on rank 1: 0/48 images after " in said
+    assert first == second == "[0.0, 64.0]\n"
+    assert "waiting for reward slow on rank 1: 41/64 images after " in said
 
 
 def test_without_the_beats_the_job_would_die(tmp_path: Path) -> None:

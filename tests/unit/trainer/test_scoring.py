@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ from tests.unit.trainer.reward_servers import Metadata
 class Slow(Brightness):
     seconds: float = 0.01
 
-    def score(self, images_N3HW: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:  # type: ignore[override]
+    def score(self, images_N3HW: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         time.sleep(self.seconds)
         return super().score(images_N3HW, prompts, metadata)
 

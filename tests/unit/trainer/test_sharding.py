@@ -43,6 +43,8 @@ HALF: dict[str, object] = {
     "compute.gradientCheckpointing": True,
     "compute.textCacheMebibytes": 1,
     "algorithm.epochs": 2,
+    # The rounding of bfloat16 is wider than the clip range of the example: the self-test says so.
+    "algorithm.clipRange": 0.05,
 }
 SHORT: dict[str, object] = {"algorithm.epochs": 3}
 

@@ -126,7 +126,7 @@ def test_a_model_is_copied_from_s3_once(bucket: Any, tiny: Path, tmp_path: Path)
     assert first.transformer.config.num_layers == 2
     bucket.delete_object(Bucket=BUCKET, Key="models/sd3/model_index.json")
     assert families.load(model_of(place), cache=tmp_path, device=CPU) is not None
-    assert [path.name for path in tmp_path.iterdir()] == [f"{BUCKET}--models--sd3"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [f"{BUCKET}--models--sd3"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_store_without_access_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     text = refusal("s3://elsewhere/model", tmp_path)
     assert "spec.model.source: s3://elsewhere/model cannot be read: " in text
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 NOWHERE = "http://127.0.0.1:9"

@@ -27,7 +27,7 @@ METRICS_PATH = "/metrics"
 
 ImageFormat = Literal["png", "webp"]
 CONTENT_TYPES: dict[str, str] = {"png": "image/png", "webp": "image/webp"}
-# zlib's fastest level: the next ones save a tenth of the bytes and take twice the time.
+# zlib's fastest level: the usual one saves 7 % of the bytes and takes 1.3 times as long.
 PNG_COMPRESSION = 1
 
 
