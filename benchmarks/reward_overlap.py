@@ -70,7 +70,7 @@ def main() -> None:
     run = still(run_of(arguments.prompts))
     slow_down(run, arguments.milliseconds_per_row / 1000)
     groups = arguments.prompts * 4
-    images = groups * run.plan.images_per_group
+    images = groups * run.exploration.plan(0).images_per_group
     each = _seconds_per_image(run, images)
     print(f"{groups} groups, {images} images, {each * 1000:.2f} ms an image on the server")
     with serving(REWARD, "--set", f"seconds_per_image={each!r}") as (url, _):
