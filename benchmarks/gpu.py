@@ -252,7 +252,7 @@ class Epoch:
 def epoch_of(run: Run, given: argparse.Namespace) -> Epoch:
     """An epoch as it is in the middle of training, with random rewards."""
     prompts = [f"prompt {i}" for i in range(given.prompts) for _ in range(given.seeds)]
-    groups, steps = len(prompts), len(run.plan.steps)
+    groups, steps = len(prompts), len(run.exploration.plan(0).steps)
     rewards = seeds.normal((groups, steps, given.draws), 0, "rewards")
     ids = torch.arange(groups) // given.seeds
     noise = seeds.normal((steps, groups, given.draws, *run.latent_shape), 0, "noise")
@@ -276,16 +276,19 @@ def measure_ours(epoch: Epoch, meter: Meter) -> None:
     rolled = meter(
         "rollout",
         lambda: run.walker.collect(
-            run.plan, epoch.starts_GCHW, epoch.conditioning, lambda k: epoch.noise_SGKCHW[k]
+            run.exploration.plan(0),
+            epoch.starts_GCHW,
+            epoch.conditioning,
+            lambda k: epoch.noise_SGKCHW[k],
         ),
     )
     meter("decode", lambda: decode(run, rolled.latents_NCHW))  # type: ignore[attr-defined]
     learned = experience.of_rollouts(
         rolled,  # type: ignore[arg-type]
         epoch.advantages_GSK,
-        run.plan,
+        run.exploration.plan(0),
         run.walker,
-        run.weights_S,
+        run.exploration.weights_S(run.exploration.plan(0)),
     )
     meter("update", lambda: loop.update(run, learned, epoch.conditioning))
 
@@ -296,7 +299,7 @@ def measure_naive(epoch: Epoch, meter: Meter) -> None:
     repeated = RepeatedForward(
         run.walker,
         run.tuning,
-        run.weights_S,
+        run.exploration.weights_S(run.exploration.plan(0)),
         run.objective.clip_range,
         run.objective.kl_coefficient,
     )
@@ -393,7 +396,7 @@ def run(line: Sequence[str] | None = None) -> dict[str, Meter]:
         measure(epoch, Meter(made, device))  # once to warm up
         found[way] = Meter(made, device)
         measure(epoch, found[way])
-        images = len(epoch.starts_GCHW) * made.plan.images_per_group
+        images = len(epoch.starts_GCHW) * made.exploration.plan(0).images_per_group
         print(table(way, found[way], images=images, row_flops=row_flops, peak=peak))
     return found
 

@@ -5,7 +5,7 @@ the product's parts: trajectories of Flow-GRPO that share a start noise, and shu
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -83,7 +83,7 @@ CONTROL = {"shuffled": Method("control: rewards shuffled", True, True, True, shu
 class SharedStarts(Walker):
     """Consecutive trajectories start from the noise of the first of them."""
 
-    sharing: int
+    sharing: int = field(kw_only=True)
 
     def collect(
         self, plan: BranchPlan, starts_GCHW: Tensor, conditioning: Conditioning, noise: Noise
@@ -119,8 +119,8 @@ class Shuffled(Walker):
     Rewards keep their mean and their spread in every group; what they say of the draws is gone.
     """
 
-    run_seed: int
-    epochs: Iterator[int]
+    run_seed: int = field(kw_only=True)
+    epochs: Iterator[int] = field(kw_only=True)
 
     def collect(
         self, plan: BranchPlan, starts_GCHW: Tensor, conditioning: Conditioning, noise: Noise

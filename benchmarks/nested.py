@@ -41,8 +41,7 @@ def roll_out(
 ) -> Branches:
     """Branch at every step but the last; each branch is completed before the next one is made."""
     schedule, steps = walker.schedule, walker.schedule.steps
-    diffusion_T = sde.diffusion_T(schedule, walker.noise_level)
-    std_T = sde.noise_std_T(schedule, walker.noise_level)
+    of = sde.transitions("flow", schedule, walker.noise_level)
     draws = noise_SGKCHW.shape[2]
     owner_B = torch.arange(len(starts_GCHW)).repeat_interleave(draws)
     x_GCHW, states, branches, latents = starts_GCHW, [], [], []
@@ -51,11 +50,10 @@ def roll_out(
         mean_GCHW = sde.step_mean(
             x_GCHW,
             v_GCHW,
-            sigma_B=schedule.sigmas[k : k + 1],
-            dt_B=schedule.dt_T[k : k + 1],
-            diffusion_B=diffusion_T[k : k + 1],
+            x_factor_B=of.x_factor_S[k : k + 1],
+            v_factor_B=of.v_factor_S[k : k + 1],
         )
-        draws_GKCHW = mean_GCHW[:, None] + float(std_T[k]) * noise_SGKCHW[k]
+        draws_GKCHW = mean_GCHW[:, None] + float(of.noise_std_S[k]) * noise_SGKCHW[k]
         tail_BCHW = draws_GKCHW.flatten(0, 1)
         for j in range(k + 1, steps):
             v_BCHW = _velocity(walker, tail_BCHW, j, conditioning.rows(owner_B))
@@ -123,8 +121,7 @@ class RepeatedForward:
         mean_BCHW = self._mean(self.walker.policy, state_BCHW, step_B, conditioning, "training")
         log_prob_B1 = sde.log_prob(draw_BCHW, mean_BCHW, std_B)[:, None]
         loss_B1 = loss.surrogate_BK(
-            log_prob_B1,
-            log_prob_B1.detach(),
+            log_prob_B1 - log_prob_B1.detach(),
             advantage_B[:, None],
             weight_B=self.weights_S[step_B],
             clip_range=self.clip_range,
@@ -144,16 +141,15 @@ class RepeatedForward:
         conditioning: Conditioning,
         purpose: str,
     ) -> Tensor:
-        schedule = self.walker.schedule
-        sigma_B = schedule.sigmas[step_B]
+        of = sde.transitions("flow", self.walker.schedule, self.walker.noise_level)
+        sigma_B = of.sigma_S[step_B]
         return sde.step_mean(
             state_BCHW,
             policy.velocity(state_BCHW, sigma_B.float(), conditioning, purpose=purpose).to(
                 state_BCHW.device
             ),
-            sigma_B=sigma_B,
-            dt_B=schedule.dt_T[step_B],
-            diffusion_B=sde.diffusion_T(schedule, self.walker.noise_level)[step_B],
+            x_factor_B=of.x_factor_S[step_B],
+            v_factor_B=of.v_factor_S[step_B],
         )
 
 

@@ -140,7 +140,7 @@ def prepare(size: Size) -> Bench:
     for name, parameter in run.tuning.parameters().items():
         parameter.data = 0.02 * seeds.normal(parameter.shape, 0, "lora", name)
     owners = [prompt for prompt in prompts[: size.prompts] for _ in range(size.seeds)]
-    groups, steps = len(owners), len(run.plan.steps)
+    groups, steps = len(owners), len(run.exploration.plan(0).steps)
     rewards_GSK = seeds.normal((groups, steps, size.draws), 0, "rewards")
     ids_G = torch.tensor([prompt.id for prompt in owners])
     return Bench(
@@ -156,10 +156,11 @@ def prepare(size: Size) -> Bench:
 def ours(bench: Bench) -> Way:
     """The product's rollout and its update."""
     run = bench.run
+    plan = run.exploration.plan(0)
 
     def collect() -> object:
         return run.walker.collect(
-            run.plan, bench.starts_GCHW, bench.conditioning, lambda k: bench.noise_SGKCHW[k]
+            plan, bench.starts_GCHW, bench.conditioning, lambda k: bench.noise_SGKCHW[k]
         )
 
     def latents(rolled: object) -> Tensor:
@@ -169,7 +170,7 @@ def ours(bench: Bench) -> Way:
     def train(rolled: object) -> None:
         assert isinstance(rolled, Rollouts)
         learned = experience.of_rollouts(
-            rolled, bench.advantages_GSK, run.plan, run.walker, run.weights_S
+            rolled, bench.advantages_GSK, plan, run.walker, run.exploration.weights_S(plan)
         )
         loop.update(run, learned, bench.conditioning)
 
@@ -180,7 +181,11 @@ def nested(bench: Bench, name: str, *, groups_per_walk: int, rows_per_training_c
     """A plain way: so many groups walk together, and so many draws are trained together."""
     run, objective = bench.run, bench.run.objective
     repeated = RepeatedForward(
-        run.walker, run.tuning, run.weights_S, objective.clip_range, objective.kl_coefficient
+        run.walker,
+        run.tuning,
+        run.exploration.weights_S(run.exploration.plan(0)),
+        objective.clip_range,
+        objective.kl_coefficient,
     )
 
     def walk() -> object:
@@ -268,9 +273,9 @@ def take_turns(bench: Bench, ways: list[Way], rounds: int) -> dict[tuple[str, st
 
 def limit_against(size: Size, bench: Bench) -> float:
     """Ratio of network evaluations without and with the shared forward, backward as two."""
-    states = len(bench.run.plan.steps)
+    states = len(bench.run.exploration.plan(0).steps)
     trained = states * (4 if size.kl_coefficient else 3)
-    rollout = bench.run.plan.rollout_evaluations
+    rollout = bench.run.exploration.plan(0).rollout_evaluations
     return (rollout + size.draws * trained) / (rollout + trained)
 
 

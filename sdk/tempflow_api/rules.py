@@ -1,37 +1,16 @@
 """Rules across fields, each written twice: for the API server (CEL) and for Python.
 
-A test runs both over the same table of manifests. ``path`` names the field at which the error is
-shown; CEL expressions see the block named by ``scope`` as ``self``.
+A test runs both over the same table of manifests. Those about the method alone are in
+``method_rules.py``.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 
+from tempflow_api.method_rules import METHOD_RULES
 from tempflow_api.pods import Volume
+from tempflow_api.rule import Rule as Rule
 from tempflow_api.v1alpha1 import JobSpec
-
-
-@dataclass(frozen=True)
-class Rule:
-    """``holds`` and ``cel`` say the same; ``message`` tells what is expected and what to do."""
-
-    path: str
-    cel: str
-    message: str
-    holds: Callable[[JobSpec], bool]
-
-
-def _branch_steps_inside(spec: JobSpec) -> bool:
-    return all(step < spec.sampling.steps - 1 for step in spec.algorithm.branch_steps)
-
-
-def _draws_to_compare(spec: JobSpec) -> bool:
-    algorithm = spec.algorithm
-    by_prompt = algorithm.advantage.scope == "prompt" or algorithm.method == "flow-grpo"
-    seeds = algorithm.seeds_per_prompt if by_prompt else 1
-    return seeds * algorithm.branches_per_seed >= 2
 
 
 def _groups_for_every_process(spec: JobSpec) -> bool:
@@ -157,42 +136,7 @@ RULES: tuple[Rule, ...] = (
         "multiples of 16 for the others",
         _evaluation_size_fits,
     ),
-    Rule(
-        "spec.algorithm.branchSteps",
-        "self.algorithm.branchSteps.all(k, k < self.sampling.steps - 1)",
-        "each is less than sampling.steps - 1: the last step has almost no noise, its likelihood "
-        "overflows",
-        _branch_steps_inside,
-    ),
-    Rule(
-        "spec.algorithm.branchSteps",
-        "self.algorithm.branchSteps.all(k, self.algorithm.branchSteps.exists_one(j, j == k))",
-        "no step is listed twice",
-        lambda spec: len(set(spec.algorithm.branch_steps)) == len(spec.algorithm.branch_steps),
-    ),
-    Rule(
-        "spec.algorithm.branchesPerSeed",
-        "self.algorithm.method != 'flow-grpo' || self.algorithm.branchesPerSeed == 1",
-        "is 1 with method flow-grpo, which does not branch: its group size is seedsPerPrompt",
-        lambda spec: spec.algorithm.method != "flow-grpo" or spec.algorithm.branches_per_seed == 1,
-    ),
-    Rule(
-        "spec.algorithm.advantage.scope",
-        "self.algorithm.method != 'flow-grpo' || self.algorithm.advantage.scope == 'prompt'",
-        "is prompt with method flow-grpo: its trajectories share no start noise to compare within",
-        lambda spec: (
-            spec.algorithm.method != "flow-grpo" or spec.algorithm.advantage.scope == "prompt"
-        ),
-    ),
-    Rule(
-        "spec.algorithm.branchesPerSeed",
-        "(self.algorithm.advantage.scope == 'prompt' || self.algorithm.method == 'flow-grpo' "
-        "? self.algorithm.seedsPerPrompt : 1) "
-        "* self.algorithm.branchesPerSeed >= 2",
-        "a group needs two draws to compare: branchesPerSeed (times seedsPerPrompt with scope "
-        "prompt) is at least 2",
-        _draws_to_compare,
-    ),
+    *METHOD_RULES,
     Rule(
         "spec.algorithm.updatesPerEpoch",
         "self.algorithm.promptsPerEpoch % self.algorithm.updatesPerEpoch == 0",

@@ -1,4 +1,5 @@
-"""``TempFlowGRPOJob``: the specification of a run. The only place to edit the API.
+"""``TempFlowGRPOJob``: the specification of a run. With ``method.py``, the sections that say how
+images are drawn and learned from, and ``pods.py`` the only place to edit the API.
 
 The custom resource definition, the reference documentation and the checks of the command line,
 the operator and the trainer are derived from these classes. Rules across fields are in
@@ -14,11 +15,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tempflow_api.base import Name, Prompt, Quantity, Section, Text, Uri
+from tempflow_api.base import Name, PositiveInt, Prompt, Quantity, Section, Uri
+from tempflow_api.method import Advantage as Advantage
+from tempflow_api.method import Algorithm as Algorithm
+from tempflow_api.method import BranchSet as BranchSet
+from tempflow_api.method import Sampling as Sampling
+from tempflow_api.method import Tail as Tail
 from tempflow_api.pods import ModelCache, Network, PodTemplate
 from tempflow_api.status import JobStatus
 
-PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -91,77 +96,6 @@ class Data(Section):
     ``tempflow submit`` makes it of a local file."""
     shuffle: bool = True
     """Draw the prompts of each pass in a new random order; else in the order of the file."""
-
-
-class Sampling(Section):
-    """How an image is drawn during training."""
-
-    steps: Annotated[int, Field(ge=2, le=1000)] = 10
-    """Denoising steps T. Fewer than for display: 10 steps rank images as 40 do."""
-    width: Annotated[int, Field(ge=8, le=8192)] = 512
-    """Pixels."""
-    height: Annotated[int, Field(ge=8, le=8192)] = 512
-    """Pixels."""
-    guidance_scale: Annotated[float, Field(ge=1, le=100)] = 4.5
-    """Classifier-free guidance, in rollout and training alike; 1 switches it off. FLUX.1 takes
-    the number as an input of the network instead."""
-    negative_prompt: Text = ""
-    """What classifier-free guidance steers away from. Qwen-Image uses a single space."""
-    noise_level: Annotated[float, Field(gt=0, le=10)] = 0.7
-    """The a of sigma_t = a sqrt(t / (1 - t)), the noise of the stochastic step. 0.7 for SD3.5,
-    0.9 for FLUX.1, 1.2 for Qwen-Image; at the first step the noise added equals a."""
-
-
-class Advantage(Section):
-    """How a reward becomes an advantage: (reward - mean) / (deviation + epsilon)."""
-
-    scope: Literal["seed", "prompt"] = "seed"
-    """Draws that are compared: those that share prompt, seed and step, or prompt and step."""
-    deviation: Literal["group", "global", "none"] = "group"
-    """Divide by the population standard deviation of the group, of all draws of that step in the
-    epoch, or by nothing."""
-    epsilon: Annotated[float, Field(gt=0, le=10)] = 1e-4
-    """Added to the deviation, in units of the reward. Larger values keep groups that are solved
-    from amplifying trivial differences."""
-    clip_max: Annotated[float, Field(gt=0, le=1000)] = 5.0
-    """Advantages beyond this are cut."""
-    combination: Literal["raw", "normalised"] = "raw"
-    """Of several rewards. ``raw``: the reward is the weighted sum of raw scores, so the one with
-    the widest spread decides. ``normalised``: each reward becomes an advantage of its own, and
-    the advantage is their weighted sum, so the weights decide."""
-
-
-class Algorithm(Section):
-    """TempFlow-GRPO (arXiv 2508.04324), and Flow-GRPO to compare it with."""
-
-    method: Literal["tempflow", "flow-grpo"] = "tempflow"
-    """``tempflow``: a deterministic trunk, one stochastic step a branch, its reward credited to
-    that step. ``flow-grpo``: every step is stochastic, one reward for the whole trajectory."""
-    epochs: PositiveInt = 100
-    """Rounds of rollout, scoring and update."""
-    prompts_per_epoch: Annotated[int, Field(ge=1, le=100_000)] = 48
-    """Prompts drawn for an epoch, over all processes."""
-    seeds_per_prompt: Annotated[int, Field(ge=1, le=1024)] = 4
-    """Start noises a prompt, N. With ``flow-grpo`` this is the size of the group."""
-    branches_per_seed: Annotated[int, Field(ge=1, le=1024)] = 6
-    """Draws at each branch step, K. 1 with ``flow-grpo``."""
-    branch_steps: Annotated[list[Annotated[int, Field(ge=0, le=998)]], Field(max_length=999)] = []
-    """Steps that are stochastic and trained. An empty list takes all but the last, where almost
-    no noise is left and likelihoods overflow."""
-    updates_per_epoch: Annotated[int, Field(ge=1, le=1000)] = 2
-    """Optimizer steps an epoch, each over an equal share of its prompts."""
-    weighting: Literal["noise-aware", "none"] = "noise-aware"
-    """``noise-aware`` multiplies the policy loss at step k by sigma_k sqrt(|dt_k|) over its mean
-    over the branch steps (equation 7 of the paper)."""
-    advantage: Advantage = Advantage()
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """The ratio is clipped to 1 plus or minus this. It acts on a log-probability averaged over
-    the latent's dimensions, so small latents need more: 3e-3 at 200 dimensions."""
-    kl_coefficient: Annotated[float, Field(ge=0, le=1000)] = 0.001
-    """Weight of the exact Kullback-Leibler divergence of the stochastic step from the model
-    before training. 0 saves the reference forward."""
-    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
-    """Every random number of the run is derived from this one."""
 
 
 class RewardService(Section):

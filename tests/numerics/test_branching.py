@@ -46,6 +46,13 @@ def test_steps_that_cannot_be_followed_are_refused(
         BranchPlan(10, steps, draws, trunk_follows_draw=follows)
 
 
-def test_a_trunk_that_follows_its_draw_has_one() -> None:
-    with pytest.raises(ValueError, match="one draw"):
-        BranchPlan(10, (0,), 2, trunk_follows_draw=True)
+@pytest.mark.parametrize(
+    ("landings", "follows"),
+    [((3, 2), False), ((2, 11), False), ((4, 5), True)],
+    ids=["backwards", "beyond the end", "over an own step"],
+)
+def test_jumps_that_cannot_be_followed_are_refused(
+    landings: tuple[int, ...], follows: bool
+) -> None:
+    with pytest.raises(ValueError, match=r"cannot lead|jumps over"):
+        BranchPlan(10, (1, 3), 2, trunk_follows_draw=follows, landings=landings)

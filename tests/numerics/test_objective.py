@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempflow_trainer import loop
-from tempflow_trainer.algorithm import loss, sde
+from tempflow_trainer.algorithm import loss
 from tempflow_trainer.algorithm.advantages import AdvantageRule, advantages_GSK
 from tempflow_trainer.algorithm.branching import plan
 from tempflow_trainer.algorithm.weighting import weights_S
@@ -33,7 +33,7 @@ def learned(*, draws: int = 4, steps: int = 6) -> tuple[Experience, Walker, Tuni
     advantages = torch.randn(
         GROUPS, len(paper.steps), draws, generator=torch.Generator().manual_seed(3)
     )
-    weights = weights_S("noise-aware", sde.noise_std_T(walker.schedule, 0.7), paper.steps)
+    weights = weights_S("noise-aware", walker.transitions(paper))
     return of_rollouts(rollouts, advantages, paper, walker, weights), walker, tuning
 
 
@@ -139,7 +139,6 @@ def test_the_surrogate_is_the_pessimistic_of_the_two_gains(
     new = torch.tensor([[log_ratio]], dtype=torch.float64, requires_grad=True)
     found = loss.surrogate_BK(
         new,
-        torch.zeros(1, 1, dtype=torch.float64),
         torch.tensor([[advantage]], dtype=torch.float64),
         weight_B=torch.tensor([weight]),
         clip_range=clip,
@@ -154,7 +153,7 @@ def test_the_surrogate_is_the_pessimistic_of_the_two_gains(
     loses_more = advantage < 0 and ratio < 1 - clip
     if gains_more or loses_more:
         assert float(slope) == 0.0
-    share = loss.clipped_share_BK(new.detach(), torch.zeros(1, 1), clip)
+    share = loss.clipped_share_BK(new.detach(), clip)
     assert float(share) == float(abs(ratio - 1) > clip)
 
 

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempflow_trainer import seeds
+from tempflow_trainer.algorithm import sde
 from tempflow_trainer.algorithm.advantages import AdvantageRule, advantages_GSK
 from tempflow_trainer.algorithm.branching import BranchPlan, plan
+from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.models.base import Conditioning, Policy
 from tempflow_trainer.rollout import Rollouts, Walker
 from tests.numerics import schedules
-from tests.numerics.schedules import law
-from tests.numerics.toys import CPU, Gaussian, Mlp, Toy, walker_of
+from tests.numerics.schedules import any_noise_level, any_schedule, law
+from tests.numerics.toys import CPU, Gaussian, Mlp, Toy, gaussian_velocity, walker_of
 
 A = 0.7
 Noise = Callable[[int], Tensor]
@@ -110,7 +112,7 @@ def test_lock_step_is_one_branch_after_the_other(
     states, draws, final = one_after_the_other(
         policy, schedule.sigmas.tolist(), plan, groups, noise
     )
-    torch.testing.assert_close(found.states_GSCHW, states, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(found.states_GSRCHW[:, :, 0], states, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(found.draws_GSKCHW, draws, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(found.latents_NCHW, final, rtol=1e-5, atol=5e-6)
     assert policy.evaluations["rollout"] == 2 * rows * (1 if guidance == 1 else 2)
@@ -137,7 +139,7 @@ def test_noise_of_a_step_moves_the_images_of_that_step_alone(
     before = collect(walker, plan, groups, plain)
     after = collect(walker, plan, groups, lambda k: other(k) if k == changed else plain(k))
     # The trunk is the same to the last bit: no draw has a part in it.
-    assert torch.equal(before.states_GSCHW, after.states_GSCHW)
+    assert torch.equal(before.states_GSRCHW, after.states_GSRCHW)
     rewards = [
         found.rewards_GSK(found.latents_NCHW.mean(dim=(1, 2, 3))) for found in (before, after)
     ]
@@ -172,14 +174,14 @@ def test_the_trunk_is_the_deterministic_trajectory() -> None:
     found = collect(walker, whole, groups=2)
     conditioning = walker.policy.model.encode(["prompt 0", "prompt 1"])
     starts = starts_of(2, (3, 2, 2))
-    assert torch.equal(found.states_GSCHW[:, 0], starts)
+    assert torch.equal(found.states_GSRCHW[:, 0, 0], starts)
     x = starts
     for k in range(5):
         sigma = walker.schedule.sigmas[k].float().expand(2)
         with torch.no_grad():
             v = walker.policy.velocity(x, sigma, conditioning, purpose="rollout")
         x = x + float(walker.schedule.dt_T[k]) * v
-    torch.testing.assert_close(found.states_GSCHW[:, 2], x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.states_GSRCHW[:, 2, 0], x, rtol=1e-5, atol=1e-6)
     sampled = walker.sample(starts, conditioning)
     with torch.no_grad():
         sigma = walker.schedule.sigmas[5].float().expand(2)
@@ -211,6 +213,24 @@ def test_spread_of_the_images_of_a_branch() -> None:
     found = collect(walker, every, 1, lambda _: unit)
     images_SK = found.latents_NCHW.view(10, 2)
     assert (images_SK[:, 1] - images_SK[:, 0]).tolist() == pytest.approx(SPREAD, abs=1e-5)
+
+
+@law
+@given(schedule=any_schedule, noise_level=any_noise_level)
+def test_spread_of_a_branch_is_its_noise_times_the_slopes_of_the_steps_after(
+    schedule: Schedule, noise_level: float
+) -> None:
+    t, dt, steps = schedule.sigmas[:-1], schedule.dt_T, schedule.steps
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
+    slope_T = 1 + dt * (gaussian_velocity(one, t) - gaussian_velocity(zero, t))
+    after_T = torch.stack([slope_T[k + 1 :].prod() for k in range(steps)])
+    eta_T = sde.noise_std_T(schedule, noise_level)
+    walker = walker_of(Gaussian(lambda _: schedule), steps, noise_level=noise_level)
+    every = BranchPlan(steps, tuple(range(steps)), 2, trunk_follows_draw=False)
+    unit = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
+    images_SK = collect(walker, every, 1, lambda _: unit).latents_NCHW.view(steps, 2)
+    found_T = images_SK[:, 1] - images_SK[:, 0]
+    torch.testing.assert_close(found_T.double(), eta_T * after_T, rtol=1e-3, atol=1e-5)
 
 
 def test_a_branch_at_the_last_step_is_its_own_image() -> None:

@@ -19,14 +19,18 @@ from tests.numerics.toys import MEAN, VARIANCE, gaussian_velocity, path_variance
 A = 0.7
 
 
+def factors(schedule: Schedule, noise_level: float, kind: str = "flow") -> dict[str, Tensor]:
+    """Of every step of the schedule."""
+    steps = sde.transitions(kind, schedule, noise_level)
+    return {"x_factor_B": steps.x_factor_S, "v_factor_B": steps.v_factor_S}
+
+
 def every_step(schedule: Schedule, x_T: Tensor, v_T: Tensor, noise_level: float) -> Tensor:
     """Mean of each step of the schedule, row k at state x_T[k]; one dimension."""
     return sde.step_mean(
         x_T.view(-1, 1, 1, 1),
         v_T.view(-1, 1, 1, 1),
-        sigma_B=schedule.sigmas[:-1],
-        dt_B=schedule.dt_T,
-        diffusion_B=sde.diffusion_T(schedule, noise_level),
+        **factors(schedule, noise_level),
     ).flatten()
 
 
@@ -73,7 +77,7 @@ def test_the_drift_is_the_velocity_less_half_g2_times_the_true_score(
     x_T = torch.full_like(t, x)
     v_T = gaussian_velocity(x_T, t)
     score_T = -(x_T - (1 - t) * MEAN) / path_variance(t)
-    g_T = sde.diffusion_T(schedule, noise_level)
+    g_T = sde.noise_std_T(schedule, noise_level) / (-schedule.dt_T).sqrt()
     expected_T = x_T + schedule.dt_T * (v_T - g_T**2 / 2 * score_T)
     found_T = every_step(schedule, x_T, v_T, noise_level)
     torch.testing.assert_close(found_T, expected_T.float(), rtol=1e-5, atol=1e-5)
@@ -215,9 +219,7 @@ def test_the_gradient_of_a_log_probability_is_its_noise(
     mean = sde.step_mean(
         x,
         v,
-        sigma_B=schedule.sigmas[:-1],
-        dt_B=schedule.dt_T,
-        diffusion_B=sde.diffusion_T(schedule, noise_level),
+        **factors(schedule, noise_level),
     )
     eta = eta_T.float().view(-1, 1, 1, 1)
     sde.log_prob(mean.detach() + eta * noise, mean, eta_T).sum().backward()
@@ -261,13 +263,7 @@ def kl_of(schedule: Schedule, noise_level: float, v: Tensor, v_reference: Tensor
     """Divergence of every step from that with the other velocity."""
     x = torch.zeros_like(v)
     mean, reference = (
-        sde.step_mean(
-            x,
-            velocity,
-            sigma_B=schedule.sigmas[:-1],
-            dt_B=schedule.dt_T,
-            diffusion_B=sde.diffusion_T(schedule, noise_level),
-        )
+        sde.step_mean(x, velocity, **factors(schedule, noise_level))
         for velocity in (v, v_reference)
     )
     return loss.kl_B(mean, reference, sde.noise_std_T(schedule, noise_level))

@@ -21,7 +21,7 @@ FLUX_WEIGHTS = [1.7362, 1.7718, 1.2438, 1.0031, 0.8519, 0.7394, 0.6443, 0.5538, 
     ids=["sd3", "flux 512"],
 )
 def test_weights_of_ten_steps(schedule: Schedule, expected: list[float]) -> None:
-    weights_S = weighting.weights_S("noise-aware", sde.noise_std_T(schedule, 0.7), TRAINED)
+    weights_S = weighting.weights_S("noise-aware", sde.transitions("flow", schedule, 0.7, TRAINED))
     assert weights_S.tolist() == pytest.approx(expected, abs=1e-4)
 
 
@@ -39,7 +39,9 @@ def test_the_constants_of_the_reference_code_come_out_of_the_schedules(
     schedule: Schedule, noise_level: float, constant: float
 ) -> None:
     eta_T = sde.noise_std_T(schedule, noise_level)
-    weights_S = weighting.weights_S("noise-aware", eta_T, TRAINED)
+    weights_S = weighting.weights_S(
+        "noise-aware", sde.transitions("flow", schedule, noise_level, TRAINED)
+    )
     assert (weights_S / eta_T[:9]).tolist() == pytest.approx([constant] * 9, abs=1e-4)
 
 
@@ -56,10 +58,12 @@ def test_weights_average_to_one_and_do_not_depend_on_the_noise_level(
     case: tuple[Schedule, tuple[int, ...]], noise_level: float, other: float
 ) -> None:
     schedule, steps = case
-    weights_S = weighting.weights_S("noise-aware", sde.noise_std_T(schedule, noise_level), steps)
+    weights_S = weighting.weights_S(
+        "noise-aware", sde.transitions("flow", schedule, noise_level, steps)
+    )
     assert float(weights_S.sum()) == pytest.approx(len(steps))
     assert (weights_S > 0).all()
-    others_S = weighting.weights_S("noise-aware", sde.noise_std_T(schedule, other), steps)
+    others_S = weighting.weights_S("noise-aware", sde.transitions("flow", schedule, other, steps))
     torch.testing.assert_close(weights_S, others_S)
 
 
@@ -69,5 +73,5 @@ def test_without_weighting_every_step_counts_the_same(
     case: tuple[Schedule, tuple[int, ...]],
 ) -> None:
     schedule, steps = case
-    weights_S = weighting.weights_S("none", sde.noise_std_T(schedule, 0.7), steps)
+    weights_S = weighting.weights_S("none", sde.transitions("flow", schedule, 0.7, steps))
     assert weights_S.tolist() == [1.0] * len(steps)

@@ -1,11 +1,11 @@
 """What a rollout leaves to learn from, and the loss on it.
 
-A row is a (group, branch step) pair: one state of a trunk with its K draws. The draws of a row
-share the state and so the velocity, so ONE forward and backward serves all K of them; published
-code repeats it for each.
+A row is a state with the draws made from it: of a (group, branch step) pair, one state of a trunk
+with its K draws. The draws of a row share the state and so the velocity, so ONE forward and
+backward serves all K of them; published code repeats it for each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,13 +29,16 @@ class Experience:
     """Row of the conditioning."""
     sigma_B: Tensor
     dt_B: Tensor
-    diffusion_B: Tensor
+    x_factor_B: Tensor
+    v_factor_B: Tensor
     noise_std_B: Tensor
     weight_B: Tensor
     branch_B: Tensor
     """Index of the branch step, for metrics by step."""
     old_log_prob_BK: Tensor | None = None
     """Under the weights of the rollout; None where they are still the current ones."""
+    old_mean_BCHW: Tensor | None = None
+    """Likewise the mean of the step, where the ratio needs it."""
     counts_B: Tensor | None = None
     """1 for rows that are learned from and 0 for those that are left out, which are computed all
     the same: with sharded weights every rank has to make as many calls. None if all count."""
@@ -62,22 +65,32 @@ class Experience:
 def of_rollouts(
     rollouts: Rollouts, advantages_GSK: Tensor, plan: BranchPlan, walker: Walker, weights_S: Tensor
 ) -> Experience:
-    """Flatten groups and steps to rows, step by step within a group."""
+    """Flatten groups, steps and states to rows, step by step within a group."""
     groups, steps = advantages_GSK.shape[:2]
-    step_B = torch.tensor(plan.steps).repeat(groups)
-    schedule = walker.schedule
+    states = plan.states_per_step
+    step_B = torch.arange(steps).repeat_interleave(states).repeat(groups)
+    of = walker.transitions(plan)
     return Experience(
-        states_BCHW=rollouts.states_GSCHW.flatten(0, 1),
-        draws_BKCHW=rollouts.draws_GSKCHW.flatten(0, 1),
-        advantages_BK=advantages_GSK.flatten(0, 1),
-        group_B=torch.arange(groups).repeat_interleave(steps),
-        sigma_B=schedule.sigmas[step_B],
-        dt_B=schedule.dt_T[step_B],
-        diffusion_B=sde.diffusion_T(schedule, walker.noise_level)[step_B],
-        noise_std_B=sde.noise_std_T(schedule, walker.noise_level)[step_B],
-        weight_B=weights_S.repeat(groups),
-        branch_B=torch.arange(steps).repeat(groups),
+        states_BCHW=rollouts.states_GSRCHW.flatten(0, 2),
+        draws_BKCHW=rollouts.draws_GSKCHW.unflatten(2, (states, -1)).flatten(0, 2),
+        advantages_BK=advantages_GSK.unflatten(2, (states, -1)).flatten(0, 2),
+        group_B=torch.arange(groups).repeat_interleave(plan.rows_per_group),
+        sigma_B=of.sigma_S[step_B],
+        dt_B=of.dt_S[step_B],
+        x_factor_B=of.x_factor_S[step_B],
+        v_factor_B=of.v_factor_S[step_B],
+        noise_std_B=of.noise_std_S[step_B],
+        weight_B=weights_S[step_B],
+        branch_B=step_B,
     )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the weights say of a row: the velocity, and the mean of its stochastic step."""
+
+    velocity_BCHW: Tensor
+    mean_BCHW: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,28 +99,33 @@ class Objective:
 
     clip_range: float
     kl_coefficient: float
+    log_prob: Callable[[Tensor, Tensor, Tensor], Tensor] = sde.log_prob
+    """Of draws, means and deviations: what the ratio is made of."""
+    guarded: bool = False
+    """Whether ratios are those of GRPO-Guard."""
+    kl_form: str = "exact"
 
-    def means(
+    def predict(
         self, batch: Experience, policy: Policy, conditioning: Conditioning, *, purpose: str
-    ) -> Tensor:
-        """Mean of the stochastic step of every row: the one forward that its draws share."""
+    ) -> Prediction:
+        """The one forward of every row that its draws share."""
         velocity_BCHW = policy.velocity(
             batch.states_BCHW,
             batch.sigma_B.float(),
             conditioning.rows(batch.group_B),
             purpose=purpose,
         )
-        return sde.step_mean(
+        mean_BCHW = sde.step_mean(
             batch.states_BCHW.to(velocity_BCHW.device),
             velocity_BCHW,
-            sigma_B=batch.sigma_B,
-            dt_B=batch.dt_B,
-            diffusion_B=batch.diffusion_B,
+            x_factor_B=batch.x_factor_B,
+            v_factor_B=batch.v_factor_B,
         )
+        return Prediction(velocity_BCHW, mean_BCHW)
 
     def log_probs_BK(self, batch: Experience, mean_BCHW: Tensor) -> Tensor:
         """Log-probability of every draw of a row under its mean."""
-        return sde.log_prob(
+        return self.log_prob(
             batch.draws_BKCHW.to(mean_BCHW.device),
             mean_BCHW[:, None],
             batch.noise_std_B.to(mean_BCHW.device)[:, None],
@@ -120,34 +138,52 @@ class Objective:
         ``clipped`` and ``drift``, the share of clipped draws and mean |ratio - 1|, without."""
         # The reference first: nothing may run between a forward and its backward where weights are
         # gathered for both.
-        reference_BCHW = None
+        before = None
         if self.kl_coefficient > 0:
             with torch.no_grad(), tuning.reference(policy) as reference:
-                reference_BCHW = self.means(batch, reference, conditioning, purpose="reference")
-        mean_BCHW = self.means(batch, policy, conditioning, purpose="training")
-        log_prob_BK = self.log_probs_BK(batch, mean_BCHW)
-        old_BK = batch.old_log_prob_BK
-        old_BK = log_prob_BK.detach() if old_BK is None else old_BK.to(log_prob_BK.device)
+                before = self.predict(batch, reference, conditioning, purpose="reference")
+        now = self.predict(batch, policy, conditioning, purpose="training")
+        log_ratio_BK = self._log_ratio_BK(batch, now.mean_BCHW)
         policy_BK = loss.surrogate_BK(
-            log_prob_BK,
-            old_BK,
-            batch.advantages_BK.to(log_prob_BK.device),
+            log_ratio_BK,
+            batch.advantages_BK.to(log_ratio_BK.device),
             weight_B=batch.weight_B,
             clip_range=self.clip_range,
         )
-        kl_B = torch.zeros(len(batch), device=log_prob_BK.device)
-        if reference_BCHW is not None:
-            kl_B = loss.kl_B(mean_BCHW, reference_BCHW, batch.noise_std_B)
-        new_BK = log_prob_BK.detach()
+        kl_B = torch.zeros(len(batch), device=log_ratio_BK.device)
+        if before is not None:
+            kl_B = self._divergence_B(batch, now, before)
+        seen_BK = log_ratio_BK.detach()
         found = {
             "policy": policy_BK.mean(dim=1),
             "kl": kl_B,
-            "clipped": loss.clipped_share_BK(new_BK, old_BK, self.clip_range).mean(dim=1),
-            "drift": ((new_BK - old_BK).exp() - 1).abs().mean(dim=1),
+            "clipped": loss.clipped_share_BK(seen_BK, self.clip_range).mean(dim=1),
+            "drift": (seen_BK.exp() - 1).abs().mean(dim=1),
         }
         if batch.counts_B is not None:
             found = {name: value * batch.counts_B.to(value) for name, value in found.items()}
         return {name: value.sum() for name, value in found.items()}
+
+    def _log_ratio_BK(self, batch: Experience, mean_BCHW: Tensor) -> Tensor:
+        log_prob_BK = self.log_probs_BK(batch, mean_BCHW)
+        old_BK = batch.old_log_prob_BK
+        old_BK = log_prob_BK.detach() if old_BK is None else old_BK.to(log_prob_BK.device)
+        if not self.guarded:
+            return log_prob_BK - old_BK
+        old_mean = mean_BCHW.detach() if batch.old_mean_BCHW is None else batch.old_mean_BCHW
+        return loss.guarded_log_ratio_BK(
+            log_prob_BK - old_BK, mean_BCHW, old_mean.to(mean_BCHW.device), batch.noise_std_B
+        )
+
+    def _divergence_B(self, batch: Experience, now: Prediction, before: Prediction) -> Tensor:
+        """``spec.algorithm.klForm``."""
+        if self.kl_form == "velocity":
+            return loss.velocity_distance_B(now.velocity_BCHW, before.velocity_BCHW)
+        if self.kl_form == "no-dt":
+            return loss.kl_without_dt_B(
+                now.mean_BCHW, before.mean_BCHW, batch.noise_std_B, batch.dt_B
+            )
+        return loss.kl_B(now.mean_BCHW, before.mean_BCHW, batch.noise_std_B)
 
     @torch.no_grad()
     def with_old_log_probs(
@@ -159,10 +195,14 @@ class Objective:
         the rollout, from other batch shapes, would differ by rounding as large as the clip range
         in half precision.
         """
-        old = [
-            self.log_probs_BK(
-                batch, self.means(batch, policy, conditioning, purpose="training")
-            ).cpu()
-            for batch in experience.micro_batches(rows_per_call)
-        ]
-        return replace(experience, old_log_prob_BK=torch.cat(old))
+        log_probs, means = list[Tensor](), list[Tensor]()
+        for batch in experience.micro_batches(rows_per_call):
+            old = self.predict(batch, policy, conditioning, purpose="training")
+            log_probs.append(self.log_probs_BK(batch, old.mean_BCHW).cpu())
+            if self.guarded:
+                means.append(old.mean_BCHW.cpu())
+        return replace(
+            experience,
+            old_log_prob_BK=torch.cat(log_probs),
+            old_mean_BCHW=torch.cat(means) if self.guarded else None,
+        )

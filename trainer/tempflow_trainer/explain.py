@@ -8,7 +8,7 @@ and loss of a run.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,13 @@ from tempflow_api.explanation import (
     Seconds,
 )
 from tempflow_api.v1alpha1 import Compute, JobSpec, TempFlowGRPOJob
-from tempflow_trainer.algorithm import branching, sde, weighting
+from tempflow_trainer.algorithm import sde, weighting
 from tempflow_trainer.algorithm.branching import BranchPlan
+from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.data import Prompt, PromptOrder
-from tempflow_trainer.experience import Objective
 from tempflow_trainer.footprint import Cost, Footprint, weight_bytes
-from tempflow_trainer.main import read_job_text, set_memory_savers, tuning_of
+from tempflow_trainer.main import objective_of, read_job_text, set_memory_savers, tuning_of
 from tempflow_trainer.models.base import Conditioning, FlowModel, Policy
 from tempflow_trainer.models.skeleton import Skeleton, skeleton
 from tempflow_trainer.models.tuning import Tuning
@@ -107,20 +107,17 @@ class Method:
 
     spec: JobSpec
     schedule: Schedule
+    exploration: Exploration
     plan: BranchPlan
+    """Of the first epoch; others may branch elsewhere, with as many steps."""
 
     @classmethod
     def of(cls, spec: JobSpec, model: FlowModel) -> "Method":
         """As ``main.build_run`` makes it."""
-        sampling, algorithm = spec.sampling, spec.algorithm
-        plan = branching.plan(
-            method=algorithm.method,
-            total_steps=sampling.steps,
-            branch_steps=algorithm.branch_steps,
-            draws=algorithm.branches_per_seed,
-        )
+        sampling = spec.sampling
         schedule = model.schedule(sampling.steps, sampling.height, sampling.width)
-        return cls(spec, schedule, plan)
+        exploration = Exploration(spec.algorithm, sampling, schedule)
+        return cls(spec, schedule, exploration, exploration.plan(0))
 
     @property
     def groups_total(self) -> int:
@@ -129,12 +126,14 @@ class Method:
 
     def steps(self) -> tuple[list[ScheduleStep], float]:
         """The schedule, and the factor that brings the weights to a mean of 1."""
-        noise_T = sde.noise_std_T(self.schedule, self.spec.sampling.noise_level)
+        sampling, branched = self.spec.sampling, list(self.plan.steps)
         kind = self.spec.algorithm.weighting
-        raw_T = noise_T if kind == "noise-aware" else torch.ones_like(noise_T)
-        weights_S = weighting.weights_S(kind, noise_T, self.plan.steps)
+        every = sde.transitions(sampling.sde, self.schedule, sampling.noise_level)
+        jumps = self.exploration.transitions(self.plan)
+        noise_T, raw_T = every.noise_std_S.clone(), weighting.raw_S(kind, every).clone()
+        noise_T[branched], raw_T[branched] = jumps.noise_std_S, weighting.raw_S(kind, jumps)
         weight_T = torch.zeros_like(noise_T)
-        weight_T[list(self.plan.steps)] = weights_S
+        weight_T[branched] = self.exploration.weights_S(self.plan)
         sigmas, dt_T = self.schedule.sigmas, self.schedule.dt_T
         steps = [
             ScheduleStep(
@@ -164,12 +163,14 @@ class Method:
             compared=self.plan.draws * (algorithm.seeds_per_prompt if by_prompt else 1),
         )
 
-    def evaluations(self, rows_per_velocity: int) -> Evaluations:
+    def evaluations(self, rows_per_velocity: Callable[[str], int]) -> Evaluations:
+        """``rows_per_velocity`` by purpose."""
         algorithm, plan = self.spec.algorithm, self.plan
         walked = walk(self.schedule, plan, 1, self.spec.compute.rows_per_call)
-        trunk = plan.total_steps if plan.trunk_follows_draw else plan.steps[-1] + 1
-        rows = self.groups_total * rows_per_velocity
-        differentiated = rows * len(plan.steps)
+        followed = plan.trunk_follows_draw and plan.draws == 1
+        trunk = walked.evaluations if followed else plan.trunk_evaluations
+        rows = self.groups_total * rows_per_velocity("rollout")
+        differentiated = self.groups_total * rows_per_velocity("training") * plan.rows_per_group
         before = differentiated if algorithm.updates_per_epoch > 1 else 0
         reference = differentiated if algorithm.kl_coefficient > 0 else 0
         rollout = rows * walked.evaluations
@@ -200,7 +201,7 @@ class Method:
             for rank in range(world)
         ]
         most = max(shares, key=sum)
-        rows = max(most) * len(self.plan.steps)
+        rows = max(most) * self.plan.rows_per_group
         walked = walk(self.schedule, self.plan, sum(most), compute.rows_per_call)
         return Geometry(
             processes=world,
@@ -233,7 +234,7 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
     footprint = Footprint.of(
         bones,
         tuning,
-        spec.sampling.guidance_scale,
+        spec,
         bones.model.latent_shape(spec.sampling.height, spec.sampling.width),
     )
     evaluations = method.evaluations(footprint.rows_per_velocity)
@@ -282,13 +283,14 @@ class Calls:
         forward = min(compute.rows_per_call, geometry.rows_in_flight)
         update = min(compute.rows_per_training_call, geometry.rows_per_update)
         decode = min(compute.rows_per_decode or compute.rows_per_call, geometry.images)
-        objective = Objective(algorithm.clip_range, algorithm.kl_coefficient)
-        rows = footprint.rows_per_velocity
+        plan = method.plan
         return cls(
             forward=footprint.forward(forward),
-            forward_rows=forward * rows,
-            update=footprint.update(update, method.plan.draws, objective),
-            update_rows=update * rows,
+            forward_rows=forward * footprint.rows_per_velocity("rollout"),
+            update=footprint.update(
+                update, plan.draws // plan.states_per_step, objective_of(method.spec)
+            ),
+            update_rows=update * footprint.rows_per_velocity("training"),
             decode=footprint.decode(decode),
             decode_rows=decode,
             reference=algorithm.kl_coefficient > 0,
@@ -349,7 +351,7 @@ def _memory(
 
 def _trajectories(footprint: Footprint, plan: BranchPlan, geometry: Geometry) -> int:
     """States, draws and images-to-be at the end of a rollout, when they are put together."""
-    kept = plan.draws + 1
+    kept = plan.draws + plan.states_per_step
     ends = 0 if plan.trunk_follows_draw else plan.draws
     latents = 2 * geometry.groups_most * len(plan.steps) * (kept + ends)
     return FLOAT32 * latents * torch.Size(footprint.latent_shape).numel()

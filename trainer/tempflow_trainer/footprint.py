@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.experience import Experience, Objective
 from tempflow_trainer.models.base import Policy
 from tempflow_trainer.models.skeleton import Skeleton
@@ -82,7 +83,7 @@ class Footprint:
 
     skeleton: Skeleton
     tuning: Tuning
-    guidance_scale: float
+    spec: JobSpec
     latent_shape: tuple[int, int, int]
 
     @classmethod
@@ -90,11 +91,11 @@ class Footprint:
         cls,
         skeleton: Skeleton,
         tuning: Tuning,
-        guidance_scale: float,
+        spec: JobSpec,
         latent_shape: tuple[int, int, int],
     ) -> "Footprint":
         """Ready to be run; ``tuning`` has set the network up for training."""
-        found = cls(skeleton, tuning, guidance_scale, latent_shape)
+        found = cls(skeleton, tuning, spec, latent_shape)
         networks = [skeleton.model.transformer]
         if skeleton.autoencoder is not None:
             networks.append(skeleton.autoencoder)
@@ -127,7 +128,8 @@ class Footprint:
                 group_B=torch.zeros(rows, dtype=torch.long),
                 sigma_B=sigma.double(),
                 dt_B=sigma.double(),
-                diffusion_B=sigma.double(),
+                x_factor_B=sigma.double(),
+                v_factor_B=sigma.double(),
                 noise_std_B=sigma.double(),
                 weight_B=sigma,
                 branch_B=torch.zeros(rows, dtype=torch.long),
@@ -149,16 +151,21 @@ class Footprint:
         latents, _, _ = self._rows(rows)
         return cost_of(self.skeleton, lambda: self.skeleton.model.decode(latents))
 
-    @property
-    def rows_per_velocity(self) -> int:
+    def rows_per_velocity(self, purpose: str) -> int:
         """2 with classifier-free guidance."""
-        return self._policy().rows_per_velocity
+        return self._policy().rows_per_velocity(purpose)
 
     def _policy(self) -> Policy:
         model = self.skeleton.model
-        guided = model.classifier_free and self.guidance_scale != 1
-        negative = self.skeleton.conditioning(1) if guided else None
-        return Policy(model, self.guidance_scale, negative, torch.device("cpu"), text=model)
+        return Policy(
+            model,
+            self.spec.sampling.guidance_scale,
+            self.skeleton.conditioning(1) if model.classifier_free else None,
+            torch.device("cpu"),
+            text=model,
+            training_guidance_scale=self.spec.sampling.training_guidance_scale,
+            unconditional_gradient=self.spec.algorithm.guidance_gradient == "both",
+        )
 
     def _rows(self, rows: int) -> tuple[Tensor, Tensor, Any]:
         read = self.skeleton.conditioning(rows)

@@ -21,6 +21,7 @@ from tempflow_trainer.algorithm import combination
 from tempflow_trainer.algorithm.advantages import AdvantageRule
 from tempflow_trainer.algorithm.branching import BranchPlan
 from tempflow_trainer.algorithm.combination import Combined
+from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.data import Group, PromptOrder
 from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.ema import Ema
@@ -45,13 +46,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: Ema
     order: PromptOrder
-    plan: BranchPlan
+    exploration: Exploration
+    """Which steps are stochastic in an epoch, and their weights in the policy loss."""
     walker: Walker
     reward: Reward
     advantage_rule: AdvantageRule
     objective: Objective
-    weights_S: Tensor
-    """Of the branch steps in the policy loss."""
     latent_shape: tuple[int, int, int]
     run_seed: int
     rows_per_training_call: int
@@ -86,12 +86,13 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
         TrainingDiverged: a loss or gradient that is not finite; no step is taken with it.
     """
     run.check_stop()
+    plan = run.exploration.plan(epoch)
     shares = run.order.shares(epoch, rank=run.ranks.rank, world=run.ranks.world)
     groups = [group for share in shares for group in share]
     scoring = Scoring(run.reward.trained_names, run.ranks, run.stop_requested, run.clock)
     with run.clock("rollout"):
         conditioning = _encode(run, groups)
-        rollouts = _roll_out(run, epoch, groups, conditioning, scoring)
+        rollouts = _roll_out(run, epoch, plan, groups, conditioning, scoring)
     run.check_stop()
     with run.clock("scoring"):
         scores = scoring.wait()
@@ -99,9 +100,14 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     with run.clock("update"):
         combined, mine = _combine(run, rollouts, scores, groups)
         learned = ex.of_rollouts(
-            rollouts, combined.advantages_GSK[mine], run.plan, run.walker, run.weights_S
+            rollouts,
+            combined.advantages_GSK[mine],
+            plan,
+            run.walker,
+            run.exploration.weights_S(plan),
         )
-        parts = learned_by_share(learned, shares, combined.kept_GS[mine])
+        kept_GS = combined.kept_GS[mine].repeat_interleave(plan.states_per_step, dim=1)
+        parts = learned_by_share(learned, shares, kept_GS)
         if not bool(combined.kept_GS.all()):
             parts = [part for part in parts if run.ranks.any(part.counted > 0)]
         if len(parts) > 1:
@@ -170,8 +176,8 @@ def update(run: Run, part: Experience, conditioning: Conditioning) -> dict[str, 
 def learned_by_share(
     learned: Experience, shares: Sequence[Sequence[Group]], kept_GS: Tensor
 ) -> list[Experience]:
-    """The rows of each update: its groups are consecutive, a row for each step. Rows that are
-    not kept do not count."""
+    """The rows of each update: its groups are consecutive. Rows that are not kept do not
+    count."""
     if not bool(kept_GS.all()):
         learned = replace(learned, counts_B=kept_GS.flatten().float())
     sizes = [len(share) * kept_GS.shape[1] for share in shares]
@@ -186,7 +192,7 @@ def _encode(run: Run, groups: Sequence[Group]) -> Conditioning:
 
 
 def _randomness(
-    run: Run, epoch: int, groups: Sequence[Group]
+    run: Run, epoch: int, groups: Sequence[Group], plan: BranchPlan
 ) -> tuple[Tensor, Callable[[int], Tensor]]:
     """Start noises [G, C, H, W], and the noise of a branch step [G, K, C, H, W].
 
@@ -201,7 +207,7 @@ def _randomness(
     def noise(step: int) -> Tensor:
         return torch.stack(
             [
-                torch.stack([draw(group, "branch", step, k) for k in range(run.plan.draws)])
+                torch.stack([draw(group, "branch", step, k) for k in range(plan.draws)])
                 for group in groups
             ]
         )
@@ -210,28 +216,37 @@ def _randomness(
 
 
 def _roll_out(
-    run: Run, epoch: int, groups: Sequence[Group], conditioning: Conditioning, scoring: Scoring
+    run: Run,
+    epoch: int,
+    plan: BranchPlan,
+    groups: Sequence[Group],
+    conditioning: Conditioning,
+    scoring: Scoring,
 ) -> Rollouts:
     """Trajectories of all groups; what is finished is scored while the next ones are drawn."""
     parts: list[Rollouts] = []
     for index_G in torch.arange(len(groups)).split(run.groups_per_rollout or len(groups)):
         some = [groups[i] for i in index_G.tolist()]
-        starts_GCHW, noise = _randomness(run, epoch, some)
-        part = run.walker.collect(run.plan, starts_GCHW, conditioning.rows(index_G), noise)
+        starts_GCHW, noise = _randomness(run, epoch, some, plan)
+        part = run.walker.collect(plan, starts_GCHW, conditioning.rows(index_G), noise)
         latents = part.latents_NCHW
-        scoring.submit(len(latents), partial(_score, run, latents, some))
+        scoring.submit(len(latents), partial(_score, run, plan, latents, some))
         parts.append(part)
     return Rollouts.joined(parts)
 
 
 def _score(
-    run: Run, latents_NCHW: Tensor, groups: Sequence[Group], on_call: OnCall
+    run: Run,
+    plan: BranchPlan,
+    latents_NCHW: Tensor,
+    groups: Sequence[Group],
+    on_call: OnCall,
 ) -> dict[str, Tensor]:
     """Decode and score, a call's rows at a time, so that images never pile up."""
-    owners = [group for group in groups for _ in range(run.plan.images_per_group)]
+    owners = [group for group in groups for _ in range(plan.images_per_group)]
     at_a_time = run.walker.rows_per_call
     if run.reward.group_wise:  # whole sets of draws, which stand one after the other
-        at_a_time = max(1, at_a_time // run.plan.draws) * run.plan.draws
+        at_a_time = max(1, at_a_time // plan.draws) * plan.draws
     parts: list[dict[str, Tensor]] = []
     for rows in torch.arange(len(owners)).split(at_a_time):
         images = run.policy.decode(latents_NCHW[rows])
@@ -241,7 +256,7 @@ def _score(
                 images,
                 [p.text for p in prompts],
                 [p.metadata for p in prompts],
-                groups=(rows // run.plan.draws).tolist(),
+                groups=(rows // plan.draws).tolist(),
                 on_call=on_call,
             )
         )

@@ -18,6 +18,8 @@ from tempflow_api import naming
 from tempflow_api.errors import (
     DeviceMissing,
     ExitCode,
+    ManifestInvalid,
+    Problem,
     RewardFailed,
     StoreUnavailable,
     TempFlowError,
@@ -25,8 +27,9 @@ from tempflow_api.errors import (
 from tempflow_api.rules import broken_rules
 from tempflow_api.v1alpha1 import Checkpoint, JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed, preflight, tracking
-from tempflow_trainer.algorithm import branching, sde, weighting
+from tempflow_trainer.algorithm import sde
 from tempflow_trainer.algorithm.advantages import AdvantageRule
+from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.checkpoint import Checkpoints
 from tempflow_trainer.data import Prompt, PromptOrder, load_prompts
 from tempflow_trainer.distributed import Ranks
@@ -104,9 +107,16 @@ def build_run(
     """The parts of a run, from a specification that keeps all rules.
 
     Raises:
+        ManifestInvalid: guidance that this model does not have.
         RewardFailed: a reward that does not exist, or compares draws where there is one.
     """
     algorithm, sampling = spec.algorithm, spec.sampling
+    if algorithm.guidance_gradient == "conditional" and not model.classifier_free:
+        problem = Problem(
+            "spec.algorithm.guidanceGradient",
+            f"is both for {spec.model.source}: it guides itself, without an unconditional velocity",
+        )
+        raise ManifestInvalid("the job", [problem])
     set_memory_savers(spec, model)
     tuning = tuning_of(spec, model)
     if spec.compute.strategy == "shard" and ranks.world > 1:
@@ -118,18 +128,15 @@ def build_run(
         device=device,
         text=text_encoder_of(spec, model, device),
         rows_per_decode=spec.compute.rows_per_decode,
+        training_guidance_scale=sampling.training_guidance_scale,
+        unconditional_gradient=algorithm.guidance_gradient == "both",
     )
     schedule = model.schedule(sampling.steps, sampling.height, sampling.width)
-    walker = Walker(policy, schedule, sampling.noise_level, spec.compute.rows_per_call)
-    plan = branching.plan(
-        method=algorithm.method,
-        total_steps=sampling.steps,
-        branch_steps=algorithm.branch_steps,
-        draws=algorithm.branches_per_seed,
+    walker = Walker(
+        policy, schedule, sampling.noise_level, spec.compute.rows_per_call, sampling.sde
     )
-    noise_std_T = sde.noise_std_T(schedule, sampling.noise_level)
     reward = registry.build(spec.rewards, place or Place())
-    if reward.group_wise and plan.draws < 2:
+    if reward.group_wise and algorithm.branches_per_seed < 2:
         raise RewardFailed(
             "spec.rewards: a reward compares the draws of a branch step, of which there is one; "
             "raise algorithm.branchesPerSeed, or leave the reward to tempflow's method"
@@ -152,12 +159,11 @@ def build_run(
             spec.data.shuffle,
             algorithm.seed,
         ),
-        plan=plan,
+        exploration=Exploration(algorithm, sampling, schedule),
         walker=walker,
         reward=reward,
         advantage_rule=AdvantageRule(**algorithm.advantage.model_dump()),
-        objective=Objective(algorithm.clip_range, algorithm.kl_coefficient),
-        weights_S=weighting.weights_S(algorithm.weighting, noise_std_T, plan.steps),
+        objective=objective_of(spec),
         latent_shape=model.latent_shape(sampling.height, sampling.width),
         run_seed=algorithm.seed,
         rows_per_training_call=spec.compute.rows_per_training_call,
@@ -190,6 +196,18 @@ def text_encoder_of(spec: JobSpec, model: FlowModel, device: torch.device) -> Te
     """The model itself, or a cache before it."""
     most = spec.compute.text_cache_mebibytes * 2**20
     return TextCache(model, device=device, most_bytes=most) if most else model
+
+
+def objective_of(spec: JobSpec) -> Objective:
+    """The loss that the specification asks for."""
+    algorithm = spec.algorithm
+    return Objective(
+        algorithm.clip_range,
+        algorithm.kl_coefficient,
+        log_prob=sde.distance_log_prob if spec.sampling.sde == "cps" else sde.log_prob,
+        guarded=algorithm.weighting == "guard",
+        kl_form=algorithm.kl_form,
+    )
 
 
 def _optimizer(spec: JobSpec, tuning: Tuning) -> torch.optim.Optimizer:

@@ -24,7 +24,6 @@ from tempflow_api.record import SelfTest
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import experience as ex
 from tempflow_trainer import seeds, sharding
-from tempflow_trainer.algorithm.branching import BranchPlan
 from tempflow_trainer.experience import Experience
 from tempflow_trainer.loop import Run
 from tempflow_trainer.metrics import Record, now
@@ -153,7 +152,7 @@ def _walk(run: Run, reward: Reward) -> _Probe:
     counters = dict.fromkeys(run.policy.evaluations, 0)
     policy = replace(run.policy, evaluations=counters)
     walker = replace(run.walker, policy=policy)
-    plan = BranchPlan(run.plan.total_steps, run.plan.steps, draws=1, trunk_follows_draw=True)
+    plan = run.exploration.trajectory(0)
 
     def noise(*what: str | int) -> Tensor:
         return seeds.normal(run.latent_shape, run.run_seed, "self-test", run.ranks.rank, *what)
@@ -174,14 +173,14 @@ def _walk(run: Run, reward: Reward) -> _Probe:
         held_out=True,
     )
     advantages_GSK = torch.ones(1, len(plan.steps), 1)
-    rows = ex.of_rollouts(rollouts, advantages_GSK, plan, walker, run.weights_S)
+    rows = ex.of_rollouts(rollouts, advantages_GSK, plan, walker, run.exploration.weights_S(plan))
     total = float(reward.total(scores)[0])
     return _Probe(rows, policy, conditioning, total if math.isfinite(total) else None)
 
 
 def _log_probs_BK(run: Run, probe: _Probe, rows: Experience) -> Tensor:
-    mean = run.objective.means(rows, probe.policy, probe.conditioning, purpose="training")
-    return run.objective.log_probs_BK(rows, mean).detach().cpu()
+    found = run.objective.predict(rows, probe.policy, probe.conditioning, purpose="training")
+    return run.objective.log_probs_BK(rows, found.mean_BCHW).detach().cpu()
 
 
 def _by_training(run: Run, probe: _Probe) -> Tensor:
@@ -194,7 +193,7 @@ def _by_training(run: Run, probe: _Probe) -> Tensor:
 def _by_rollout(run: Run, probe: _Probe, expected_BK: Tensor) -> float:
     """Most that log-probabilities differ in a call as full as those of a rollout."""
     shares = run.order.shares(0, rank=run.ranks.rank, world=run.ranks.world)
-    live = sum(map(len, shares)) * (run.plan.images_per_group + 1)
+    live = sum(map(len, shares)) * (run.exploration.plan(0).images_per_group + 1)
     count = max(min(run.walker.rows_per_call, live), len(probe.rows))
     index_B = torch.arange(count) % len(probe.rows)
     parts = [

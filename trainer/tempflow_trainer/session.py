@@ -147,7 +147,7 @@ class Session:
             return
         self.epochs_done += 1
         self._count_evaluations()
-        images = self._images_per_epoch()
+        images = self._images_of(self.epochs_done - 1)
         self.images += images
         seconds = self.run.clock.since(before)
         self.last = Metrics.model_validate(
@@ -266,10 +266,10 @@ class Session:
         self.run.ranks.sum_([rows])
         self.evaluations = dict(zip(own, map(int, rows.tolist()), strict=True))
 
-    def _images_per_epoch(self) -> int:
+    def _images_of(self, epoch: int) -> int:
         algorithm = self.spec.algorithm
         groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt
-        return groups * self.run.plan.images_per_group
+        return groups * self.run.exploration.plan(epoch).images_per_group
 
     def _evaluate(self) -> list[str]:
         """Draw, score and record; the guard's alarms about it."""

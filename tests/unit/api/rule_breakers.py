@@ -77,6 +77,14 @@ _LAST_STEP = _position("each is less", "spec.algorithm.branchSteps")
 _STEP_TWICE = _position("no step", "spec.algorithm.branchSteps")
 _NO_BRANCHES = _position("is 1 with", "spec.algorithm.branchesPerSeed")
 _PROMPT_SCOPE = _position("is prompt with", "spec.algorithm.advantage.scope")
+_CANDIDATES = _position("is at most the number", "spec.algorithm.branchSet.count")
+_CPS_WEIGHTS = _position("is none with sde cps", "spec.algorithm.weighting")
+_CPS_KL = _position("is exact or velocity", "spec.algorithm.klForm")
+_CPS_MERGE = _position("is 0 with sde cps", "spec.algorithm.mergeBelow")
+_MERGE_ALL = _position("is less than", "spec.algorithm.mergeBelow")
+_CPS_NOISE = _position("is at most 1", "spec.sampling.noiseLevel")
+_SHORT_DPM2 = _position("is at least 3", "spec.sampling.tail.steps")
+_NO_UNCONDITIONAL = _position("is both without", "spec.algorithm.guidanceGradient")
 _TWO_DRAWS = _position("a group needs", "spec.algorithm.branchesPerSeed")
 _EQUAL_SHARES = _position("divides", "spec.algorithm.updatesPerEpoch")
 _IDLE = _position("more processes", "spec.compute.processesPerNode")
@@ -143,6 +151,81 @@ BREAKERS = (
             "algorithm.branchesPerSeed": 1,
             "algorithm.seedsPerPrompt": 1,
             "algorithm.advantage": {"scope": "prompt"},
+        },
+    ),
+    Breaker(
+        "one draw of a window",
+        _TWO_DRAWS,
+        {
+            "algorithm.method": "flow-grpo",
+            "algorithm.branchSet": {"choose": "window", "count": 2},
+            "algorithm.branchesPerSeed": 1,
+        },
+    ),
+    Breaker(
+        "more than all steps",
+        _CANDIDATES,
+        {"algorithm.branchSet": {"choose": "first", "count": 10}},
+    ),
+    Breaker(
+        "more than listed",
+        _CANDIDATES,
+        {
+            "algorithm.branchSteps": [0, 1, 2],
+            "algorithm.branchSet": {"choose": "random", "count": 4},
+        },
+    ),
+    Breaker("weights with cps", _CPS_WEIGHTS, {"sampling.sde": "cps"}),
+    Breaker(
+        "guard with cps",
+        _CPS_WEIGHTS,
+        {"sampling.sde": "cps", "algorithm.weighting": "guard"},
+    ),
+    Breaker(
+        "kl without dt with cps",
+        _CPS_KL,
+        {"sampling.sde": "cps", "algorithm.weighting": "none", "algorithm.klForm": "no-dt"},
+    ),
+    Breaker(
+        "merging with cps",
+        _CPS_MERGE,
+        {"sampling.sde": "cps", "algorithm.weighting": "none", "algorithm.mergeBelow": 0.1},
+    ),
+    Breaker("merging everything", _MERGE_ALL, {"algorithm.mergeBelow": 0.7}),
+    Breaker(
+        "loud cps",
+        _CPS_NOISE,
+        {"sampling.sde": "cps", "algorithm.weighting": "none", "sampling.noiseLevel": 1.2},
+    ),
+    Breaker(
+        "second order of two steps",
+        _SHORT_DPM2,
+        {"sampling.tail": {"solver": "dpm2", "steps": 2}},
+    ),
+    Breaker(
+        "second order of three steps in all",
+        _SHORT_DPM2,
+        {"sampling.tail": {"solver": "dpm2"}, "sampling.steps": 3},
+    ),
+    Breaker(
+        "gradient of no guidance",
+        _NO_UNCONDITIONAL,
+        {"sampling.guidanceScale": 1.0, "algorithm.guidanceGradient": "conditional"},
+    ),
+    Breaker(
+        "gradient of no guidance in training",
+        _NO_UNCONDITIONAL,
+        {"sampling.trainingGuidanceScale": 1.0, "algorithm.guidanceGradient": "conditional"},
+    ),
+    Breaker(
+        "gradient of embedded guidance",
+        _NO_UNCONDITIONAL,
+        {
+            "model.family": "flux",
+            "model.source": "owner/name",
+            "sampling.width": 64,
+            "sampling.height": 64,
+            "algorithm.guidanceGradient": "conditional",
         },
     ),
     Breaker("unequal shares", _EQUAL_SHARES, {"algorithm.updatesPerEpoch": 3}),

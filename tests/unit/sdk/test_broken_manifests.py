@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 
 import pytest
+from pydantic.alias_generators import to_camel
 
 from tempflow.manifest import parse_text
 from tempflow_api.errors import ExitCode, ManifestInvalid
+from tempflow_api.v1alpha1 import JobSpec
 from tests.unit.sdk.manifests import VALID, edited
 
-SPEC_FIELDS = (
-    "model, data, sampling, algorithm, rewards, optimizer, evaluation, checkpoint, compute, "
-    "runPolicy, tracking"
-)
+SPEC_FIELDS = ", ".join(to_camel(name) for name in JobSpec.model_fields)
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,11 @@ CASES = [
         "spec.optimizer",
     ),
     case(
-        "field of two other blocks",
+        "field of several other blocks",
         "  sampling:",
-        "  steps: 10\n  sampling:",
-        "job.yaml:15: spec.steps: unknown field; 'steps' belongs to spec.sampling or "
-        "spec.evaluation",
+        "  everyEpochs: 10\n  sampling:",
+        "job.yaml:15: spec.everyEpochs: unknown field; 'everyEpochs' belongs to "
+        "spec.algorithm.branchSet or spec.evaluation or spec.checkpoint",
     ),
     case(
         "field of nowhere",

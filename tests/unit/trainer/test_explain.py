@@ -67,10 +67,11 @@ def test_counts_are_those_of_an_executed_epoch(changes: dict[str, object], tmp_p
     told, run = explain(job_of(spec)), started(spec, tmp_path)
     calls: list[tuple[bool, int]] = []
     images: list[int] = []
+    velocity = run.policy.rows_per_velocity("rollout")
     network, decode = run.policy.model.transformer, run.policy.model.decode
     network.register_forward_pre_hook(
         lambda _m, _a, given: calls.append(
-            (torch.is_grad_enabled(), len(given["hidden_states"]) // run.policy.rows_per_velocity)
+            (torch.is_grad_enabled(), len(given["hidden_states"]) // velocity)
         ),
         with_kwargs=True,
     )
@@ -87,7 +88,7 @@ def test_counts_are_those_of_an_executed_epoch(changes: dict[str, object], tmp_p
     assert (expected.training, expected.reference) == (done["training"], done["reference"])
     assert expected.total == sum(done.values())
     assert told.images_scored == sum(images) == told.geometry.images
-    geometry, velocity = told.geometry, run.policy.rows_per_velocity
+    geometry = told.geometry
     with_gradient = [rows for grad, rows in calls if grad]
     assert sum(with_gradient) == geometry.updates * geometry.rows_per_update
     assert len(with_gradient) == geometry.updates * geometry.micro_batches_per_update
@@ -101,7 +102,7 @@ def test_counts_are_those_of_an_executed_epoch(changes: dict[str, object], tmp_p
     schedule = run.walker.schedule
     assert [s.sigma for s in told.schedule] == schedule.sigmas[:-1].tolist()
     weights = [s.weight for s in told.schedule if s.branched]
-    assert weights == pytest.approx(run.weights_S.tolist())
+    assert weights == pytest.approx(run.exploration.weights_S(run.exploration.plan(0)).tolist())
     raw = [s.weight_raw * told.weight_normaliser for s in told.schedule if s.branched]
     assert raw == pytest.approx(weights)
     assert told.trained_parameters == sum(p.numel() for p in run.tuning.parameters().values())

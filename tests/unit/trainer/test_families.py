@@ -191,7 +191,8 @@ def test_schedules_give_the_constants_of_the_reference_code(
         schedule = Sd3(pipeline(), max_text_tokens=MAX_TEXT_TOKENS).schedule(10, 512, 512)
     noise_T = sde.noise_std_T(schedule, noise_level)
     assert 1 / float(noise_T[:9].mean()) == pytest.approx(constant, abs=5e-5)
-    weights = weighting.weights_S("noise-aware", noise_T, tuple(range(9)))
+    trained = sde.transitions("flow", schedule, noise_level, range(9))
+    weights = weighting.weights_S("noise-aware", trained)
     torch.testing.assert_close(weights.double(), noise_T[:9].double() * constant, rtol=1e-4, atol=0)
 
 

@@ -74,7 +74,7 @@ def without(run: Run, gone: Callable[[Group], bool]) -> Run:
 
 
 def images_of_a_prompt(run: Run) -> int:
-    return run.order.seeds_per_prompt * run.plan.images_per_group
+    return run.order.seeds_per_prompt * run.exploration.plan(0).images_per_group
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_update_without_a_group_equals_one_where_a_score_is_missing(
     torch.testing.assert_close(trained_weights(run), trained_weights(other), rtol=1e-5, atol=1e-7)
     for name in ("reward", "rewardStd", "loss", "gradNorm", "advantageZeroShare"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
-    seeds, steps = run.order.seeds_per_prompt, len(run.plan.steps)
+    seeds, steps = run.order.seeds_per_prompt, len(run.exploration.plan(0).steps)
     assert metrics["groupsLeftOut"] == seeds * steps
     assert metrics["missingScores"] == {"light": 0, "peak": images_of_a_prompt(run)}
     assert expected["groupsLeftOut"] == 0
@@ -188,8 +188,8 @@ def test_a_reward_that_compares_sees_the_draws_of_a_step() -> None:
         run = run_of(spec_of({"compute.rowsPerCall": rows_per_call}))
         run = replace(run, reward=Reward([Term("best", 1.0, Best())]))
         metrics = loop.run_epoch(run, 0)
-        assert set(sizes) == {run.plan.draws}
-        assert metrics["reward"] == pytest.approx(1 / run.plan.draws)
+        assert set(sizes) == {run.exploration.plan(0).draws}
+        assert metrics["reward"] == pytest.approx(1 / run.exploration.plan(0).draws)
     spec = spec_of({"evaluation": {"steps": 4, "prompts": 3, "imagesPerPrompt": 5}})
     sizes.clear()
     evaluator = evaluator_of(spec, run, prompts_of(spec))

@@ -1,4 +1,4 @@
-"""One process and two learn the same; the whole trainer, as torchrun starts it."""
+"""One process, two and four learn the same; the whole trainer, as torchrun starts it."""
 
 import json
 import os
@@ -103,11 +103,26 @@ def assert_close(one: object, other: object, tolerance: float) -> None:
         assert one == other
 
 
+# Six groups an update, which four processes cannot share evenly; chance decides the steps.
+SIX_GROUPS: dict[str, object] = {
+    "algorithm.seedsPerPrompt": 2,
+    "algorithm.advantage": {"scope": "seed", "deviation": "group", "epsilon": 1e-2},
+    "algorithm.branchSet": {"choose": "random", "count": 2},
+    "algorithm.weighting": "guard",
+}
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(tmp_path / "one", {}, monkeypatch)
-    in_processes(tmp_path / "two", {}, 2)
-    one, two = work_of(tmp_path / "one"), work_of(tmp_path / "two")
+@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (4, SIX_GROUPS)], ids=["two", "four"])
+def test_several_processes_learn_what_one_does(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    changes: dict[str, object],
+) -> None:
+    in_this_process(tmp_path / "one", changes, monkeypatch)
+    in_processes(tmp_path / "several", changes, processes)
+    one, two = work_of(tmp_path / "one"), work_of(tmp_path / "several")
     for name in (layout.METRICS, layout.EVALUATIONS):
         for mine, theirs in zip(rows(one, name), rows(two, name), strict=True):
             assert_close(mine, theirs, 1e-5)

@@ -76,9 +76,9 @@ def test_recorded_evaluations_and_images_are_those_of_the_plan(
 ) -> None:
     session = session_of(spec(changes), tmp_path)
     session.train()
-    algorithm, plan = session.spec.algorithm, session.run.plan
+    algorithm, plan = session.spec.algorithm, session.run.exploration.plan(0)
     groups = algorithm.prompts_per_epoch * algorithm.seeds_per_prompt
-    trained = groups * len(plan.steps)
+    trained = groups * plan.rows_per_group
     passes = 2 if algorithm.updates_per_epoch > 1 else 1  # old log-probabilities take a forward
     for row in rows(tmp_path, layout.METRICS):
         assert row["images"] == groups * plan.images_per_group

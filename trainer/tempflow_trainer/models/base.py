@@ -115,6 +115,10 @@ class Policy:
     text: TextEncoder
     rows_per_decode: int | None = None
     """Most latents that are decoded at once; None decodes as many as are asked for."""
+    training_guidance_scale: float | None = None
+    """Of the velocities that are trained on, and of the reference's; None as in the rollout."""
+    unconditional_gradient: bool = True
+    """Whether training goes through the unconditional velocity of guidance, too."""
     evaluations: dict[str, int] = field(
         default_factory=lambda: {"rollout": 0, "training": 0, "reference": 0, "evaluation": 0}
     )
@@ -129,22 +133,41 @@ class Policy:
         device: torch.device,
         text: TextEncoder | None = None,
         rows_per_decode: int | None = None,
+        training_guidance_scale: float | None = None,
+        unconditional_gradient: bool = True,
     ) -> "Policy":
-        """Encode the negative prompt where classifier-free guidance will read it."""
+        """Encode the negative prompt where classifier-free guidance will read it.
+
+        Training is guided as the rollout where it has no scale of its own.
+        """
         text = model if text is None else text
-        guided = model.classifier_free and guidance_scale != 1
-        negative = text.encode([negative_prompt]) if guided else None
-        return cls(model, guidance_scale, negative, device, text, rows_per_decode)
+        scales = {guidance_scale, training_guidance_scale or guidance_scale}
+        guided = model.classifier_free and scales != {1}
+        return cls(
+            model,
+            guidance_scale,
+            text.encode([negative_prompt]) if guided else None,
+            device,
+            text,
+            rows_per_decode,
+            training_guidance_scale,
+            unconditional_gradient,
+        )
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images on the CPU, [B, 3, height, width], float32 in [0, 1]."""
         parts = latents_BCHW.split(self.rows_per_decode or len(latents_BCHW))
         return torch.cat([self.model.decode(part).cpu() for part in parts])
 
-    @property
-    def rows_per_velocity(self) -> int:
+    def scale(self, purpose: str) -> float:
+        """The guidance of a velocity for that purpose."""
+        if purpose in ("training", "reference") and self.training_guidance_scale is not None:
+            return self.training_guidance_scale
+        return self.guidance_scale
+
+    def rows_per_velocity(self, purpose: str) -> int:
         """Rows of the network for one velocity: 2 with classifier-free guidance."""
-        return 1 if self.negative is None else 2
+        return 1 if self.negative is None or self.scale(purpose) == 1 else 2
 
     def velocity(
         self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning, *, purpose: str
@@ -154,16 +177,24 @@ class Policy:
         ``purpose`` names the counter of network rows to add to.
         """
         rows = len(latents_BCHW)
-        self.evaluations[purpose] += rows * self.rows_per_velocity
+        scale, network_rows = self.scale(purpose), self.rows_per_velocity(purpose)
+        self.evaluations[purpose] += rows * network_rows
         latents, sigma = latents_BCHW.to(self.device), sigma_B.to(self.device)
-        if self.negative is None:
-            embedded = self.model.embed_guidance(conditioning, self.guidance_scale)
+        if self.negative is None or network_rows == 1:
+            embedded = self.model.embed_guidance(conditioning, scale)
             return self.model.velocity(latents, sigma, embedded).float()
         unconditional = self.negative.rows(torch.zeros(rows, dtype=torch.long))
+        if not self.unconditional_gradient and purpose == "training":
+            # First, for nothing may run between a forward and its backward where weights are
+            # gathered for both.
+            with torch.no_grad():
+                plain = self.model.velocity(latents, sigma, unconditional).float()
+            conditional = self.model.velocity(latents, sigma, conditioning).float()
+            return self.model.combine(conditional, plain, scale)
         both = self.model.velocity(
             torch.cat([latents, latents]),
             torch.cat([sigma, sigma]),
             conditioning.join(unconditional),
         ).float()
         conditional, plain = both.chunk(2)
-        return self.model.combine(conditional, plain, self.guidance_scale)
+        return self.model.combine(conditional, plain, scale)
