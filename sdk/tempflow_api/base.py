@@ -27,6 +27,7 @@ class Section(BaseModel):
 Name = Annotated[
     str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 ]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
 Uri = Annotated[str, Field(min_length=1, max_length=1024)]
 Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 Text = Annotated[str, Field(max_length=1024)]
