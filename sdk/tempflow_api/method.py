@@ -1,4 +1,4 @@
-"""The sections of a job that are the method: how images are drawn, and what is learned from them."""
+"""The sections of a job that are the method: how images are drawn and what is learned of them."""
 
 from typing import Annotated, Literal
 

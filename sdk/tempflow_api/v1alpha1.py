@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tempflow_api.base import Name, PositiveInt, Prompt, Quantity, Section, Text, Uri
+from tempflow_api.base import Name, PositiveInt, Prompt, Quantity, Section, Uri
 from tempflow_api.method import Advantage as Advantage
 from tempflow_api.method import Algorithm as Algorithm
 from tempflow_api.method import BranchSet as BranchSet
