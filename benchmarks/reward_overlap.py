@@ -2,17 +2,24 @@
 
     OMP_NUM_THREADS=1 PYTHONPATH=sdk:trainer:. python -m benchmarks.reward_overlap
 
-The digits model draws; the reward sleeps on a server of its own, as long in all as half of the
-rollout took. Three ways take turns: no reward to wait for, scored after the rollout (all groups at
-once), scored beside it (an eighth of the groups at a time). Medians of wall seconds.
+The digits model draws; the reward sleeps on a server of its own, so long that scoring with encoding
+and sending takes half as long as the rollout. Three ways take turns: no reward to wait for, scored
+after the rollout (all groups at once), scored beside it (an eighth of the groups at a time).
+Medians of wall seconds.
+
+A row of the network also sleeps, as if it were computed on a device: this process then has a
+processor free, as one with a GPU has. With --milliseconds-per-row 0 the network and the sending
+share one interpreter, and most of scoring is sending.
 """
 
 import argparse
 import statistics
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import digits_run
 from benchmarks.reward_server import serving
@@ -55,17 +62,17 @@ def epoch(run: Run) -> tuple[float, dict[str, float], float]:
 def main() -> None:
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--milliseconds-per-row", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     run = still(run_of(arguments.prompts))
+    slow_down(run, arguments.milliseconds_per_row / 1000)
     groups = arguments.prompts * 4
-    epoch(run)
-    _, phases, _ = epoch(run)
     images = groups * run.exploration.plan(0).images_per_group
-    each = SHARE * phases["rollout"] / images
-    print(f"{groups} groups, {images} images, rollout {phases['rollout']:.2f} s")
+    each = _seconds_per_image(run, images)
+    print(f"{groups} groups, {images} images, {each * 1000:.2f} ms an image on the server")
     with serving(REWARD, "--set", f"seconds_per_image={each!r}") as (url, _):
         service = RewardService(endpoints=[url])
         served = registry.build([RewardTerm(name="served", uses=REWARD, service=service)])
@@ -86,6 +93,29 @@ def main() -> None:
             for phase in ("rollout", "scoring", "hidden", "update")
         }
         print(f"{name:10} {seconds:6.2f} s  {seconds / base:5.2f}x  {parts}")
+
+
+def _seconds_per_image(run: Run, images: int) -> float:
+    """What the server has to sleep, so that scoring with all that belongs to it, encoding and
+    sending, takes its share of the rollout."""
+    epoch(run)
+    with serving(REWARD) as (url, _):
+        service = RewardService(endpoints=[url])
+        quick = registry.build([RewardTerm(name="quick", uses=REWARD, service=service)])
+        _, phases, _ = epoch(replace(run, reward=quick))
+    return max(0.0, SHARE * phases["rollout"] - phases["scoring"]) / images
+
+
+def slow_down(run: Run, seconds_per_row: float) -> None:
+    """Let a device compute: the caller waits, and does not work."""
+    model = run.policy.model
+    velocity = model.velocity
+
+    def waited(latents: Tensor, *others: Any) -> Tensor:
+        time.sleep(seconds_per_row * len(latents))
+        return velocity(latents, *others)
+
+    model.velocity = waited  # type: ignore[method-assign, assignment]
 
 
 def still(run: Run) -> Run:

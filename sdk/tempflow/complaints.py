@@ -19,6 +19,15 @@ _PATTERNS = {
         "s3://bucket/prefix, file:///folder or a path"
     ),
     r"^[A-Za-z0-9_][\w.-]*(:\w+)?$": "the name of a reward, or module:Class",
+    r"^[A-Za-z_][A-Za-z0-9_]*$": "the name of an environment variable",
+    r"^/[^:]+$": "an absolute path without ':'",
+    r"^[a-z0-9.-]+/[A-Za-z0-9_.-]+$": "a resource such as nvidia.com/gpu",
+    r"^[a-z0-9.-]+/[A-Za-z0-9_./-]+$": "a domain and a name, such as kueue.x-k8s.io/multikueue",
+    r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": (
+        "lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit"
+    ),
+    r"^[\^=]?[A-Za-z0-9_.,-]+$": "names of network interfaces, as NCCL_SOCKET_IFNAME takes them",
+    r"^https?://[^\s/?#]+(/[^\s?#]*)?$": "an address such as http://rewards:8090, without a query",
     r"^https?://.+$": "an address that begins with http:// or https://",
 }
 """The patterns of the contract in words."""
@@ -80,10 +89,10 @@ def complaint(error: ErrorDetails, path: Path, spot: Spot) -> str:
     return f"got {shown(given)}: {error['msg']}"
 
 
-def nearest(name: str, valid: Sequence[str]) -> str:
+def nearest(name: str, valid: Sequence[str], cutoff: float = 0.6) -> str:
     """``; did you mean 'x'?``, or nothing where no valid name is near."""
     by_folded = {_folded(word): word for word in valid}
-    found = difflib.get_close_matches(_folded(name), list(by_folded), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(_folded(name), list(by_folded), n=1, cutoff=cutoff)
     return f"; did you mean '{by_folded[found[0]]}'?" if found else ""
 
 
@@ -94,9 +103,11 @@ def _folded(name: str) -> str:
 
 def _unknown_field(path: Path) -> str:
     name, valid = str(path[-1]), names_at(path[:-1])
-    if hint := nearest(name, valid):
+    homes = homes_of(name)
+    # A name that is right elsewhere is a misplaced one, unless it is a slip of the pen here.
+    if hint := nearest(name, valid, cutoff=0.8 if homes else 0.6):
         return f"unknown field{hint}"
-    if homes := homes_of(name):
+    if homes:
         return f"unknown field; '{name}' belongs to {' or '.join(homes)}"
     return f"unknown field; valid here: {', '.join(valid)}"
 

@@ -25,7 +25,8 @@ from tempflow_api.errors import (
     TempFlowError,
 )
 from tempflow_api.rules import broken_rules
-from tempflow_api.v1alpha1 import Checkpoint, JobSpec, TempFlowGRPOJob
+from tempflow_api.storage import Checkpoint
+from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import sde
 from tempflow_trainer.algorithm.advantages import AdvantageRule

@@ -216,7 +216,7 @@ class Session:
     def _roll_back(self) -> None:
         """Go on from the newest checkpoint, more slowly, and commit that at once: a crash after it
         must not go back to the higher rate."""
-        self._settle()  # what is on its way is as good as the one before
+        self._settle()
         found = self.run.ranks.on_first(lambda: self.checkpoints.newest_sound() or "")
         earlier = self.earlier
         self._restore(self.checkpoints.load(found), f"{self.checkpoints.store.uri}/{found}")
@@ -235,6 +235,7 @@ class Session:
             )
         self._remind_guard()
         self._save()
+        self._settle()
 
     def _set_learning_rate(self) -> None:
         factor = self.spec.guard.learning_rate_factor**self.rollbacks
@@ -301,8 +302,7 @@ class Session:
         with self.run.clock("checkpoint"):
             start = time.perf_counter()
             if self.run.ranks.agreed(self.saver.ready):
-                # All ranks take part where weights are in parts.
-                state = self._state()
+                state = self._state()  # all ranks take part where weights are in parts
                 if self.run.ranks.is_first:
                     line = self.last_evaluation
                     evaluated = line is not None and line.epoch == self.epochs_done

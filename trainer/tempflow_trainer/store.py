@@ -20,7 +20,7 @@ from botocore.exceptions import BotoCoreError
 from fsspec.exceptions import FSTimeoutError
 
 from tempflow_api.errors import StoreUnavailable
-from tempflow_api.v1alpha1 import Checkpoint
+from tempflow_api.storage import Checkpoint
 
 
 class Store(ABC):
