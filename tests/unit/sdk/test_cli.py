@@ -351,6 +351,14 @@ class TestSample:
             "error: there is no folder runs/no: expects that of a run, checkpoint or result\n",
         )
 
+    def test_a_store_is_not_a_folder(self, shell: Shell) -> None:
+        done = shell("sample", "s3://bucket/runs/digits", "--prompt", "a three")
+        assert (done.returncode, done.stderr) == (
+            2,
+            "error: s3://bucket/runs/digits is not on this machine: 'tempflow pull "
+            "s3://bucket/runs/digits' first, then its folder\n",
+        )
+
     def test_a_picture_in_no_folder(self, shell: Shell) -> None:
         done = shell("sample", ".", "--prompt", "a three", "--out", "no/grid.png")
         assert done.stderr == "error: cannot write the picture no/grid.png: its folder must exist\n"
