@@ -353,11 +353,9 @@ class TestSample:
 
     def test_a_store_is_not_a_folder(self, shell: Shell) -> None:
         done = shell("sample", "s3://bucket/runs/digits", "--prompt", "a three")
-        assert (done.returncode, done.stderr) == (
-            2,
-            "error: s3://bucket/runs/digits is not on this machine: 'tempflow pull "
-            "s3://bucket/runs/digits' first, then its folder\n",
-        )
+        uri = "s3://bucket/runs/digits"
+        told = f"error: {uri} is not on this machine: 'tempflow pull {uri}' first, then its folder\n"
+        assert (done.returncode, done.stderr) == (2, told)
 
     def test_a_picture_in_no_folder(self, shell: Shell) -> None:
         done = shell("sample", ".", "--prompt", "a three", "--out", "no/grid.png")
