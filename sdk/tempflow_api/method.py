@@ -1,4 +1,4 @@
-"""The sections of a job that are the method: how images are drawn, and what is learned from them."""
+"""What is learned, and how: the method, the stochastic step, and their variants."""
 
 from typing import Annotated, Literal
 

@@ -25,7 +25,8 @@ from tempflow_api.errors import (
     TempFlowError,
 )
 from tempflow_api.rules import broken_rules
-from tempflow_api.v1alpha1 import Checkpoint, JobSpec, TempFlowGRPOJob
+from tempflow_api.storage import Checkpoint
+from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import sde
 from tempflow_trainer.algorithm.advantages import AdvantageRule
@@ -171,12 +172,15 @@ def build_run(
         half_range=spec.model.precision == "float16" and spec.model.lora is not None,
         clock=Stopwatch(),
         stop_requested=stop_requested,
-        groups_per_rollout=_groups_per_rollout(spec, ranks.world),
+        groups_per_rollout=groups_per_rollout(spec, ranks.world),
     )
 
 
-def _groups_per_rollout(spec: JobSpec, world: int) -> int | None:
-    """Parts only where scoring needs no processor of ours: drawing in parts costs a little."""
+def groups_per_rollout(spec: JobSpec, world: int) -> int | None:
+    """Start noises that a process draws at once; None: all.
+
+    Parts only where scoring needs no processor of ours: drawing in parts costs a little.
+    """
     asked = spec.compute.groups_per_rollout
     if asked is not None or not any(term.service for term in spec.rewards):
         return asked

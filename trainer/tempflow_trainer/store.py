@@ -22,7 +22,7 @@ from botocore import exceptions as boto
 from fsspec.exceptions import FSTimeoutError
 
 from tempflow_api.errors import StoreUnavailable
-from tempflow_api.v1alpha1 import Checkpoint
+from tempflow_api.storage import Checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 from tempflow_api.naming import PROGRESS_PORT
 from tempflow_api.pods import Network
-from tempflow_api.v1alpha1 import Checkpoint
+from tempflow_api.storage import Checkpoint
 from tempflow_operator.desired.attempt import AttemptOf, Manifest
 
 # https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html, and for EFA

@@ -9,7 +9,8 @@ import torch
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import ModelUnavailable, Preempted
-from tempflow_api.v1alpha1 import Checkpoint, InitFrom, JobSpec
+from tempflow_api.storage import Checkpoint, InitFrom
+from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.checkpoint import State
 from tempflow_trainer.origin import Origin, older_runs
 from tempflow_trainer.session import Session

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tempflow_api.errors import StoreUnavailable
-from tempflow_api.v1alpha1 import Checkpoint
+from tempflow_api.storage import Checkpoint
 from tempflow_trainer.store import (
     FolderStore,
     S3Store,
