@@ -229,9 +229,9 @@ class Store:
     def uri(self, job: Submission) -> str:
         return f"s3://{BUCKET}/runs/{job.run_id()}"
 
-    def has_committed(self, job: Submission, step: int) -> bool:
-        """Whether attempt 1 has committed the checkpoint after so many epochs."""
-        folder = f"{layout.CHECKPOINTS}/{layout.folder_name(step, 1)}"
+    def has_committed(self, job: Submission, step: int, incarnation: int = 1) -> bool:
+        """Whether that start of attempt 1 has committed the checkpoint after so many epochs."""
+        folder = f"{layout.CHECKPOINTS}/{layout.folder_name(step, 1, incarnation)}"
         key = f"/{BUCKET}/runs/{job.run_id()}/{folder}/{layout.MANIFEST}"
         return request("GET", self.s3.presigned_url("GET", key))[0] == 200
 
@@ -244,13 +244,6 @@ class Store:
 
     def list(self, job: Submission) -> str:
         return self._tempflow("checkpoints", "list", self.uri(job), *self._endpoint())
-
-    def newest_epoch(self, job: Submission) -> int:
-        """Of the complete checkpoints."""
-        told = self._tempflow(
-            *("checkpoints", "list", self.uri(job), "-o", "json", *self._endpoint())
-        )
-        return max((int(one["step"]) for one in json.loads(told)), default=0)
 
     def pull(self, job: Submission, to: Path) -> Path:
         self._tempflow("pull", self.uri(job), "--to", str(to), *self._endpoint())
