@@ -32,8 +32,6 @@ GRACE_SECONDS = 15
 MEMORY = "1Gi"  # /dev/shm is granted beside it: 3 GiB are the limit
 # Takes memory in the trainer's container until the kernel ends somebody.
 _HOG = "import time; held = [b'1' * (64 << 20) for _ in range(64)]; time.sleep(60)"
-    "import time; held = [bytes(64 << 20).replace(b'\\0', b'1') for _ in range(64)]; time.sleep(60)"
-)
 
 
 class Queue:
