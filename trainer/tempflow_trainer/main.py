@@ -37,8 +37,9 @@ from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.ema import Ema
 from tempflow_trainer.evaluation import Evaluator
 from tempflow_trainer.experience import Objective
+from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.loop import Run
-from tempflow_trainer.metrics import Record, Stopwatch, phase_of
+from tempflow_trainer.metrics import Record, Stopwatch, now, phase_of
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy, TextEncoder
 from tempflow_trainer.models.text_cache import TextCache
@@ -261,7 +262,9 @@ def retention_of(settings: Checkpoint) -> Retention:
     )
 
 
-def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]) -> None:
+def train(
+    job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool], tail: LogTail
+) -> None:
     """Everything that a rank does; raises what ends it other than success."""
     spec, environment = job.spec, os.environ
     work = Path(environment[naming.ENV_WORK_DIR])
@@ -282,6 +285,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
     elif ranks.is_first:
         store.probe()
+    tail.connect(work, store)
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
     remote.check(spec.rewards)
@@ -307,6 +311,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         older_runs=lambda: older_runs(open_store(spec.checkpoint, runs, work.parent), run_folder),
         run_id=run_id,
         tracking=Tracking.of(spec, job.metadata.name, work) if ranks.is_first else Tracking(),
+        on_save=tail.send_beside,
     ).train()
 
 
@@ -327,11 +332,7 @@ def read_job_text(text: str) -> TempFlowGRPOJob:
 def main() -> int:
     """The edge of a rank: every error becomes one line, a result file and an exit code."""
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    tail = _begin_log(rank)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # launch.py turns it into SIGTERM, once
@@ -339,15 +340,32 @@ def main() -> int:
     try:
         job = read_job(Path(os.environ[naming.ENV_JOB_FILE]))
         ranks = distributed.join()
-        train(job, ranks, lambda: bool(stopping))
+        train(job, ranks, lambda: bool(stopping), tail)
         distributed.leave()
     except TempFlowError as error:
         code, message = error.exit_code, str(error)
     except Exception as error:  # the edge: a rank must say how it ended
         traceback.print_exc()
+        tail.note(traceback.format_exc())
         code, message = _judge(error)
     _write_result(rank, code, message)
+    if code != ExitCode.FENCED:  # the record is the newer start's
+        tail.note(f"{now()} rank {rank} ends with exit code {int(code)}: {message or 'done'}")
+        tail.send()
     return int(code)
+
+
+def _begin_log(rank: int) -> LogTail:
+    """All ranks keep all lines for the record; on the terminal one of them says what all do."""
+    said = logging.StreamHandler(sys.stderr)
+    said.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    tail = LogTail(rank, int(os.environ.get(naming.ENV_ATTEMPT, "0")))
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
+        handlers=[said, tail],
+    )
+    return tail
 
 
 def _judge(error: Exception) -> tuple[ExitCode, str]:
