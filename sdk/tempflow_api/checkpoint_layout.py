@@ -128,7 +128,8 @@ class Entry(Section):
 
     format: Annotated[int, Field(ge=1)] = 1
     number: Annotated[int, Field(ge=1)]
-    action: Literal["claim", "commit"]
+    action: Literal["claim", "commit", "prune"]
+    """``prune``: somebody let go of checkpoints, in the name of the owner, who goes on from it."""
     attempt: Annotated[int, Field(ge=0)]
     incarnation: Annotated[int, Field(ge=1)]
     nonce: str

@@ -24,8 +24,8 @@ from tempflow_api.errors import (
     StoreUnavailable,
     TempFlowError,
 )
+from tempflow_api.retention import Retention
 from tempflow_api.rules import broken_rules
-from tempflow_api.storage import Checkpoint
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import sde
@@ -46,7 +46,6 @@ from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.origin import Origin, older_runs
 from tempflow_trainer.progress import ProgressServer
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
@@ -251,17 +250,6 @@ def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
     )
 
 
-def retention_of(settings: Checkpoint) -> Retention:
-    """Which checkpoints a run keeps."""
-    best = settings.keep_best
-    return Retention(
-        settings.keep_last,
-        settings.keep_every,
-        best_metric=best.metric if best else "reward",
-        best_count=best.count if best else 0,
-    )
-
-
 def train(
     job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool], tail: LogTail
 ) -> None:
@@ -302,7 +290,7 @@ def train(
             staging,
             int(environment.get(naming.ENV_ATTEMPT, "0")),
             ranks.world,
-            retention_of(spec.checkpoint),
+            Retention.of(spec.checkpoint),
             spec.checkpoint.save_timeout_seconds,
         ),
         record=record,

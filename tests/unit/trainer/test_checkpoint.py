@@ -12,9 +12,9 @@ import torch
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.checkpoint_layout import CheckpointManifest
 from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
+from tempflow_api.retention import Retention
 from tempflow_trainer import checkpoint
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.store import FolderStore, Store
 
 
