@@ -39,7 +39,7 @@ test-gpu: setup ## One real step of every family on a GPU; fails without one
 	$(RUN) tests/budget.py --name gpu --minutes 5 -- $(RUN) -m pytest -q -m gpu tests/gpu
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
-	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -m faults tests/faults
+	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m faults tests/faults
 
 cluster: setup ## A real two-node Kubernetes on this machine (Linux, root), built once
 	$(RUN) tests/cluster/build.py

@@ -25,6 +25,9 @@ def sample(
     ``source`` is the folder of a run, of a checkpoint or of a result. With ``base`` the model as
     it was before training draws from the same noise.
     """
+    if source.parts[:1] == ("s3:",):  # a path has lost one of the slashes
+        uri = f"s3://{'/'.join(source.parts[1:])}"
+        raise Refused(f"{uri} is not on this machine: 'tempflow pull {uri}' first, then its folder")
     if not source.is_dir():
         raise Refused(f"there is no folder {source}: expects that of a run, checkpoint or result")
     if out.is_dir() or not out.resolve().parent.is_dir():

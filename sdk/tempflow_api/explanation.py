@@ -77,6 +77,8 @@ class Geometry(_Part):
     """(start noise, step) pairs in the largest update."""
     micro_batches_per_update: int
     """Calls with gradient that are accumulated in that update."""
+    groups_per_rollout: int
+    """Start noises drawn at once."""
     rows_in_flight: int
     """Most latents at a denoising step."""
     rollout_calls: int

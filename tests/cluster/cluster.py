@@ -140,6 +140,16 @@ class Cluster:
         """End all containers of a node whose kubelet was killed: together, the node's power cut."""
         nodes.kill_containers(self.state, node)
 
+    def kill_apiserver(self) -> None:
+        """End the API server at once, as a crash would; pods go on, and nobody hears of them."""
+        self.ledger.end("kube-apiserver", grace_seconds=0)
+
+    def restart_apiserver(self) -> None:
+        """Start it again, and wait until it is ready."""
+        ledger = self.ledger
+        controlplane.start_apiserver(ledger, self.binaries, pki.Pki(self.state.pki))
+        controlplane.wait_apiserver(ledger, self.kubectl)
+
     def restart_kubelet(self, node: Node) -> None:
         """Start a killed kubelet again, and wait for a Ready node with its GPUs."""
         keys = pki.Pki(self.state.pki)

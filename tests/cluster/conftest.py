@@ -2,22 +2,25 @@
 
 import os
 import platform
+import time
 import uuid
 from collections.abc import Iterator
 
 import pytest
 
 from tempflow_api import crd, naming
-from tests.cluster import bare, build, project_images, target
+from tests.cluster import bare, build, project_images, scenario, target
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.bare import Bare
 from tests.cluster.cluster import down, ensure_up
+from tests.cluster.kubectl import Kubectl
 from tests.cluster.layout import DEFAULT_STATE, StateFolder
 from tests.cluster.project_images import ProjectImages
 from tests.cluster.s3 import S3Server
-from tests.cluster.scenario import Release
+from tests.cluster.scenario import Release, Store
 from tests.cluster.target import KUBECONFIG_VARIABLE, Target
 from tests.cluster.waiting import Say, progress_lines, wait_for
+from tests.cluster.witness import Witnessed, witness
 
 
 def pytest_report_header() -> str:
@@ -114,6 +117,46 @@ def release(cluster: Target, images: ProjectImages, say: Say) -> Iterator[Releas
     yield release
     release.save_logs(cluster.our_own().state.logs)
     release.uninstall()
+
+
+@pytest.fixture(scope="session")
+def team(cluster: Target, release: Release) -> Iterator[str]:
+    """A namespace in which a user has the chart's edit role."""
+    assert release
+    name = f"team-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl.run("create", "namespace", name)
+    yield name
+    cluster.kubectl.run("delete", "namespace", name, "--timeout=2m")
+
+
+@pytest.fixture(scope="session")
+def user(
+    cluster: Target, team: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Kubectl:
+    s3.create_bucket(scenario.BUCKET)
+    return scenario.create_user(cluster.kubectl, team, s3, tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="session")
+def store(s3: S3Server) -> Store:
+    return Store(s3)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    user: Kubectl,
+    team: str,
+    s3: S3Server,
+    store: Store,
+    say: Say,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Witnessed:
+    """The short job, left alone."""
+    started = time.monotonic()
+    job = scenario.submit(user, team, s3, "undisturbed")
+    seen = witness(job, store, tmp_path_factory.mktemp("result") / "digits")
+    say(f"undisturbed job ended and pulled after {time.monotonic() - started:.0f} s")
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What the operator's tests do and look at: an installed chart, a user, and the user's jobs."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -26,11 +27,14 @@ from tests.cluster.waiting import wait_for
 RELEASE = "tempflow"
 SYSTEM = "tempflow-system"
 OPERATOR_USER = f"system:serviceaccount:{SYSTEM}:{RELEASE}"
+DEFINITION = f"customresourcedefinition/{naming.PLURAL}.{naming.GROUP}"
 BUCKET = "tempflow"
 SECRET = "s3-credentials"
 
 EPOCHS = 18
 COMMIT_EVERY = 3
+# Instead of 120: a test waits for all of it.
+LOST_NODE_SECONDS = 10
 SMALL = {
     "spec.algorithm.epochs": EPOCHS,
     "spec.algorithm.seedsPerPrompt": 1,
@@ -51,14 +55,37 @@ class Release:
     cluster: Target
     installed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
-    def install(self, images: ProjectImages) -> None:
+    def install(self, images: ProjectImages, *more: str) -> None:
+        """Install it, or upgrade what is installed; with further options of helm's."""
         self._helm(
             *("upgrade", "--install", RELEASE, str(ROOT / "charts/tempflow")),
             *("--namespace", SYSTEM, "--create-namespace"),
             *("--set", f"image.repository={images.operator_repository}"),
             *("--set", f"image.tag={images.tag}"),
             *("--set", f"trainerImage={images.trainer}"),
+            *("--set", "extraEnv[0].name=TEMPFLOW_LOST_NODE_SECONDS"),
+            *("--set-string", f"extraEnv[0].value={LOST_NODE_SECONDS}"),
+            *more,
         )
+        self._rolled_out()
+
+    def roll_back(self) -> None:
+        """To the revision before."""
+        self._helm("rollback", RELEASE, "--namespace", SYSTEM)
+        self._rolled_out()
+
+    def revision(self) -> int:
+        listed = json.loads(self._helm("list", "--namespace", SYSTEM, "-o", "json"))
+        return int(next(one["revision"] for one in listed if one["name"] == RELEASE))
+
+    def log_level(self) -> str:
+        """With which the operator's pods run."""
+        deployment = self.cluster.kubectl.get("deployment", RELEASE, namespace=SYSTEM)
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        found = {one["name"]: one.get("value", "") for one in container["env"]}
+        return str(found["TEMPFLOW_LOG_LEVEL"])
+
+    def _rolled_out(self) -> None:
         self.cluster.kubectl.run(
             *("rollout", "status", f"deployment/{RELEASE}", "-n", SYSTEM, "--timeout=2m")
         )
@@ -66,10 +93,12 @@ class Release:
     def test(self) -> str:
         return self._helm("test", RELEASE, "--namespace", SYSTEM, "--logs")
 
+    def uninstall_chart(self) -> None:
+        self._helm("uninstall", RELEASE, "--namespace", SYSTEM, "--wait", "--ignore-not-found")
+
     def uninstall(self) -> None:
-        self._helm("uninstall", RELEASE, "--namespace", SYSTEM, "--wait")
-        kind = f"customresourcedefinition/{naming.PLURAL}.{naming.GROUP}"
-        self.cluster.kubectl.run("delete", kind, "--ignore-not-found")
+        self.uninstall_chart()
+        self.cluster.kubectl.run("delete", DEFINITION, "--ignore-not-found")
         self.cluster.kubectl.run("delete", "namespace", SYSTEM, "--wait=false")
 
     def leader(self) -> str:
@@ -200,9 +229,9 @@ class Store:
     def uri(self, job: Submission) -> str:
         return f"s3://{BUCKET}/runs/{job.run_id()}"
 
-    def has_committed(self, job: Submission, step: int) -> bool:
-        """Whether attempt 1 has committed the checkpoint after so many epochs."""
-        folder = f"{layout.CHECKPOINTS}/{layout.folder_name(step, 1)}"
+    def has_committed(self, job: Submission, step: int, incarnation: int = 1) -> bool:
+        """Whether that start of attempt 1 has committed the checkpoint after so many epochs."""
+        folder = f"{layout.CHECKPOINTS}/{layout.folder_name(step, 1, incarnation)}"
         key = f"/{BUCKET}/runs/{job.run_id()}/{folder}/{layout.MANIFEST}"
         return request("GET", self.s3.presigned_url("GET", key))[0] == 200
 
@@ -260,6 +289,15 @@ def manifest(name: str, s3: S3Server, overrides: dict[str, object]) -> str:
     }
     settings = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     return tempflow("validate", str(ROOT / "examples/digits.yaml"), "-o", "yaml", *settings)
+
+
+def submit(
+    user: Kubectl, namespace: str, s3: S3Server, name: str, **overrides: object
+) -> Submission:
+    """Apply the short job, with these fields of its spec set otherwise; `a__b` is `a.b`."""
+    changed = {f"spec.{path.replace('__', '.')}": value for path, value in overrides.items()}
+    user.run("apply", "-n", namespace, "-f", "-", stdin=manifest(name, s3, changed))
+    return Submission(user, namespace, name)
 
 
 def create_user(admin: Kubectl, namespace: str, s3: S3Server, folder: Path) -> Kubectl:

@@ -18,7 +18,7 @@ from tests.cluster import scenario
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.project_images import ProjectImages
 from tests.cluster.s3 import S3Server
-from tests.cluster.scenario import BUCKET, SECRET, SYSTEM, Release
+from tests.cluster.scenario import BUCKET, DEFINITION, SECRET, SYSTEM, Release
 from tests.cluster.target import Target
 from tests.cluster.waiting import Say, wait_for
 
@@ -71,15 +71,26 @@ def test_from_helm_install_to_helm_uninstall(
         assert len(release.pods()) == 2
         s3.create_bucket(BUCKET)
         user = scenario.create_user(cluster.kubectl, team, s3, tmp_path)
-        research(Laptop(tmp_path, user, s3, team), say)
-    finally:
+        research(Laptop(tmp_path, user, s3, team), release, images, say)
         release.save_logs(cluster.our_own().state.logs)
+        release.uninstall_chart()
+        wait_for("all but the definition gone", lambda: not left_over(cluster), deadline_seconds=60)
+        cluster.kubectl.run("get", DEFINITION)  # is kept, and with it every job
+    finally:
         release.uninstall()
     wait_for("the namespace gone", lambda: gone(cluster, SYSTEM), deadline_seconds=90)
     wait_for("nothing left", lambda: not left_over(cluster), deadline_seconds=30)
 
 
-def research(tempflow: Laptop, say: Say) -> None:
+def upgraded_and_rolled_back(release: Release, images: ProjectImages) -> None:
+    """What the administrator does meanwhile."""
+    release.install(images, "--set", "log.level=DEBUG")
+    assert (release.revision(), release.log_level()) == (2, "DEBUG")
+    release.roll_back()
+    assert (release.revision(), release.log_level()) == (3, "INFO")
+
+
+def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say) -> None:
     """What the user does."""
     in_team = ("-n", tempflow.namespace)
     store = ("--set", f"spec.checkpoint.endpointUrl={tempflow.s3.endpoint}")
@@ -95,6 +106,8 @@ def research(tempflow: Laptop, say: Say) -> None:
     watching = tempflow.start("status", "digits", "--watch", *in_team)
     tempflow("wait", "digits", "--for", "Running", "--timeout", "2m", *in_team)
     say("running")
+    upgraded_and_rolled_back(release, images)  # touches no job: it ends in its first attempt
+    say("upgraded and rolled back")
     followed = tempflow("logs", "digits", "--follow", *in_team)
     tempflow("wait", "digits", "--timeout", "1m", *in_team)
     say("finished")
@@ -104,6 +117,9 @@ def research(tempflow: Laptop, say: Say) -> None:
     # With several pods each line says whose it is; one that has nothing to say is not there.
     assert "[1/0]" in {line.split()[0] for line in followed.splitlines()} <= {"[1/0]", "[1/1]"}
     watched, _ = watching.communicate(timeout=30)
+    assert (
+        json.loads(tempflow("status", "digits", "-o", "json", *in_team))["status"]["attempt"] == 1
+    )
     assert watched.splitlines()[-1].startswith("digits: Succeeded, epoch 6/6")
     (row,) = tempflow("list", *in_team).splitlines()[1:]
     assert row.split()[:4] == ["digits", "Succeeded", "2", f"{EPOCHS}/{EPOCHS}"]

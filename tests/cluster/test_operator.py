@@ -4,10 +4,7 @@ One job is left alone. The others are that job, struck once after their first ch
 to end with the very same adapter. The last test reads what all of them made the operator ask for.
 """
 
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -15,54 +12,20 @@ import pytest
 import yaml
 
 from tempflow_api import naming
-from tempflow_api.conditions import ConditionType, Reason, is_true
+from tempflow_api.conditions import ConditionType, Reason
 from tempflow_api.errors import ExitCode
-from tempflow_api.status import JobStatus, Progress
+from tempflow_api.status import Progress
 from tests.cluster import rbac, scenario
 from tests.cluster.errors import ClusterError
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.layout import NODES
 from tests.cluster.s3 import S3Server
-from tests.cluster.scenario import Release, Store, Submission
+from tests.cluster.scenario import Release, Store, Submission, submit
 from tests.cluster.target import Target
-from tests.cluster.waiting import Say, wait_for
+from tests.cluster.waiting import wait_for
+from tests.cluster.witness import Witnessed, ends_as_if_nothing_had_happened
 
 pytestmark = pytest.mark.cluster
-
-END_SECONDS = 600
-
-Submit = Callable[..., Submission]
-
-
-@pytest.fixture(scope="module")
-def team(cluster: Target, release: Release) -> Iterator[str]:
-    """A namespace in which a user has the chart's edit role."""
-    assert release
-    name = f"team-{uuid.uuid4().hex[:8]}"
-    cluster.kubectl.run("create", "namespace", name)
-    yield name
-    cluster.kubectl.run("delete", "namespace", name, "--timeout=2m")
-
-
-@pytest.fixture(scope="module")
-def user(
-    cluster: Target, team: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Kubectl:
-    s3.create_bucket(scenario.BUCKET)
-    return scenario.create_user(cluster.kubectl, team, s3, tmp_path_factory.mktemp("user"))
-
-
-@pytest.fixture(scope="module")
-def store(s3: S3Server) -> Store:
-    return Store(s3)
-
-
-def submit(user: Kubectl, team: str, s3: S3Server, name: str, **overrides: object) -> Submission:
-    """Apply the short job, with these fields of its spec set otherwise."""
-    changed = {f"spec.{path.replace('__', '.')}": value for path, value in overrides.items()}
-    text = scenario.manifest(name, s3, changed)
-    user.run("apply", "-n", team, "-f", "-", stdin=text)
-    return Submission(user, team, name)
 
 
 @pytest.fixture
@@ -75,56 +38,6 @@ def job(
     Store(s3).wait_first_commit(job)
     yield job
     job.delete()
-
-
-@dataclass
-class Witnessed:
-    """The job that was left alone: what was seen of it, and its result."""
-
-    job: Submission
-    statuses: list[JobStatus]
-    nodes: list[str]
-    digest: str = ""
-    folder: Path = field(default_factory=Path)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    user: Kubectl,
-    team: str,
-    s3: S3Server,
-    store: Store,
-    say: Say,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Witnessed:
-    started = time.monotonic()
-    job = submit(user, team, s3, "undisturbed")
-    statuses: list[JobStatus] = []
-
-    def ended() -> bool:
-        status = job.status()
-        if not statuses or status != statuses[-1]:
-            statuses.append(status)
-        return is_true(status.conditions, ConditionType.FINISHED)
-
-    wait_for("end of the undisturbed job", ended, deadline_seconds=END_SECONDS, poll_seconds=0.5)
-    say(f"undisturbed job ended after {time.monotonic() - started:.0f} s")
-    nodes = [pod["spec"]["nodeName"] for pod in job.pods()]
-    folder = tmp_path_factory.mktemp("result") / "digits"
-    return Witnessed(job, statuses, nodes, store.adapter_digest(job, folder), folder)
-
-
-def ends_as_if_nothing_had_happened(
-    job: Submission, undisturbed: Witnessed, store: Store, folder: Path
-) -> JobStatus:
-    """Wait for the end; returns the last status."""
-    job.wait(ConditionType.FINISHED, deadline_seconds=END_SECONDS)
-    status = job.status()
-    assert status.phase == "Succeeded", status
-    assert status.attempts[-1].outcome == "Succeeded"
-    assert not job.live_pods()
-    assert store.adapter_digest(job, folder / "result") == undisturbed.digest
-    return status
 
 
 def test_helm_test_passes(release: Release) -> None:

@@ -60,10 +60,9 @@ class Evaluator:
             RewardFailed: a required reward failed, or no image has all its required scores.
         """
         jobs = [(p, m) for p in self.prompts for m in range(self.images_per_prompt)]
-        index_N = self._share(len(jobs))
+        index_N = self._share(len(jobs), self.ranks.rank)
         mine = [jobs[i] for i in index_N.tolist()]
-        more = -len(jobs) % self.ranks.world if self.equal_shares else 0
-        filling = [jobs[0]] * (1 if more and self.ranks.rank >= self.ranks.world - more else 0)
+        filling = [jobs[0]] * self._filling(len(jobs))
         images = self._draw(mine + filling)[: len(mine)] if mine + filling else NO_IMAGES
         texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
         prompts = (index_N // self.images_per_prompt).tolist()
@@ -93,11 +92,18 @@ class Evaluator:
             raise RewardFailed("no image of this evaluation has all its required scores")
         return Evaluation(gathered, total, diversity(images_PM3HW), images_PM3HW)
 
-    def _share(self, jobs: int) -> Tensor:
-        """This rank's images; all of a prompt where a reward compares them."""
+    def _share(self, jobs: int, rank: int) -> Tensor:
+        """A rank's images; all of a prompt where a reward compares them."""
         index_N = torch.arange(jobs)
         dealt_N = index_N // self.images_per_prompt if self.reward.group_wise else index_N
-        return index_N[dealt_N % self.ranks.world == self.ranks.rank]
+        return index_N[dealt_N % self.ranks.world == rank]
+
+    def _filling(self, jobs: int) -> int:
+        """Images that this rank draws for nothing, where all have to draw as many."""
+        if not self.equal_shares:
+            return 0
+        shares = [len(self._share(jobs, rank)) for rank in range(self.ranks.world)]
+        return max(shares) - shares[self.ranks.rank]
 
     @torch.no_grad()
     def _draw(self, jobs: Sequence[tuple[Prompt, int]]) -> Tensor:

@@ -6,6 +6,7 @@ and loss of a run.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +34,13 @@ from tempflow_trainer.algorithm.exploration import Exploration
 from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.data import Prompt, PromptOrder
 from tempflow_trainer.footprint import Cost, Footprint, weight_bytes
-from tempflow_trainer.main import objective_of, read_job_text, set_memory_savers, tuning_of
+from tempflow_trainer.main import (
+    groups_per_rollout,
+    objective_of,
+    read_job_text,
+    set_memory_savers,
+    tuning_of,
+)
 from tempflow_trainer.models.base import Conditioning, FlowModel, Policy
 from tempflow_trainer.models.skeleton import Skeleton, skeleton
 from tempflow_trainer.models.tuning import Tuning
@@ -202,7 +209,12 @@ class Method:
         ]
         most = max(shares, key=sum)
         rows = max(most) * self.plan.rows_per_group
-        walked = walk(self.schedule, self.plan, sum(most), compute.rows_per_call)
+        at_once = min(groups_per_rollout(self.spec, world) or sum(most), sum(most))
+        parts = [at_once] * (sum(most) // at_once)
+        parts += [sum(most) % at_once] if sum(most) % at_once else []
+        by_size = {
+            size: walk(self.schedule, self.plan, size, compute.rows_per_call) for size in set(parts)
+        }
         return Geometry(
             processes=world,
             groups_least=min(map(sum, shares)),
@@ -210,9 +222,10 @@ class Method:
             updates=algorithm.updates_per_epoch,
             rows_per_update=rows,
             micro_batches_per_update=-(-rows // compute.rows_per_training_call),
-            rows_in_flight=walked.most_rows,
-            rollout_calls=walked.calls,
-            images=walked.images,
+            groups_per_rollout=at_once,
+            rows_in_flight=by_size[at_once].most_rows,
+            rollout_calls=sum(by_size[size].calls for size in parts),
+            images=sum(by_size[size].images for size in parts),
         )
 
 
@@ -227,6 +240,7 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
         ManifestInvalid: a rate that is not one.
     """
     spec = job.spec
+    asked = _rate_of(rate) if rate else None
     bones = skeleton(spec.model)
     method = Method.of(spec, bones.model)
     set_memory_savers(spec, bones.model)
@@ -260,7 +274,7 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
         geometry=geometry,
         memory_bytes=_memory(calls, tuning, bones, spec.compute, trajectories),
         flops=flops,
-        seconds=_seconds(rate, flops, geometry.processes) if rate else None,
+        seconds=_seconds(asked, flops, geometry.processes) if asked else None,
     )
 
 
@@ -282,8 +296,9 @@ class Calls:
         algorithm, compute = method.spec.algorithm, method.spec.compute
         forward = min(compute.rows_per_call, geometry.rows_in_flight)
         update = min(compute.rows_per_training_call, geometry.rows_per_update)
-        decode = min(compute.rows_per_decode or compute.rows_per_call, geometry.images)
         plan = method.plan
+        images = geometry.groups_per_rollout * plan.images_per_group
+        decode = min(compute.rows_per_decode or compute.rows_per_call, images)
         return cls(
             forward=footprint.forward(forward),
             forward_rows=forward * footprint.rows_per_velocity("rollout"),
@@ -357,15 +372,21 @@ def _trajectories(footprint: Footprint, plan: BranchPlan, geometry: Geometry) ->
     return FLOAT32 * latents * torch.Size(footprint.latent_shape).numel()
 
 
-def _seconds(rate: str, flops: Flops, processes: int) -> Seconds:
+def _rate_of(rate: str) -> tuple[float, bool]:
+    """Operations a second, or rows of the network a second where the second is True."""
     found = RATE.match(rate)
-    if found is None or float(found[1]) <= 0:
+    if found is None or not 0 < float(found[1]) < math.inf:
         raise ManifestInvalid(
             "the command",
             [Problem("--rate", f"got {rate!r}, expected a rate such as 400TFLOP/s or 90/s")],
         )
-    scale = 1e12 if found[2] == "TFLOP/s" else flops.forward
-    speed = float(found[1]) * scale
+    in_rows = found[2] == "/s"
+    return float(found[1]) * (1 if in_rows else 1e12), in_rows
+
+
+def _seconds(rate: tuple[float, bool], flops: Flops, processes: int) -> Seconds:
+    number, in_rows = rate
+    speed = number * flops.forward if in_rows else number
     rollout, scoring = flops.rollout / speed, flops.decoding / speed
     update = (flops.training + flops.reference) / speed
     rollout, scoring, update = (part / processes for part in (rollout, scoring, update))

@@ -4,6 +4,7 @@ The decision reads nothing but epochs and evaluations that are the same on every
 decide alike, and a run that is continued decides as the uninterrupted one.
 """
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,14 @@ class Guard:
         self.recent[:] = epochs[-WINDOW:]
         self.first_evaluation[:] = evaluations[:1]
 
+    def remember_told(self, said: str) -> None:
+        """``remember`` what ``tell`` has written."""
+        epochs, evaluations = json.loads(said)
+        self.remember(
+            [Metrics.model_validate(line) for line in epochs],
+            [Evaluation.model_validate(line) for line in evaluations],
+        )
+
     def epoch(self, now: Metrics) -> list[str]:
         """The alarms about an epoch, which is then remembered."""
         alarms = [
@@ -67,6 +76,14 @@ class Guard:
                     f"training (alarm below {least:.4g})"
                 )
         return alarms
+
+
+def tell(epochs: Sequence[Metrics], evaluations: Sequence[Evaluation]) -> str:
+    """Of a run so far what a guard remembers, as text for the other ranks."""
+    parts = ([*epochs[:1], *epochs[1:][-WINDOW:]], evaluations[:1])
+    return json.dumps(
+        [[line.model_dump(mode="json", by_alias=True) for line in lines] for lines in parts]
+    )
 
 
 def _ratio(now: Metrics, limit: float) -> list[str]:

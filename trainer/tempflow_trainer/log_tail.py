@@ -33,6 +33,7 @@ class LogTail(logging.Handler):
         self._lines: deque[str] = deque(maxlen=LINES)
         self._file: Path | None = None
         self._store: Store | None = None
+        self._recalled = False
         self._sending = threading.Lock()
         self.note(layout.log_heading(attempt, now()))
 
@@ -45,15 +46,29 @@ class LogTail(logging.Handler):
         self._lines.extend(line[:MOST_CHARACTERS] for line in text.splitlines())
 
     def connect(self, folder: Path, store: Store) -> None:
-        """From now on there is a place to write to; what earlier starts left there is continued.
+        """From now on there is a place to write to. Nothing is asked of the store yet."""
+        self._file = folder / self._key
+        self._store = None if Path(store.uri) == folder.absolute() else store
 
-        Raises:
-            StoreUnavailable: the store does not answer.
-        """
-        file = folder / self._key
-        in_place = Path(store.uri) == folder.absolute()
+    def send(self, seconds: float = END_SECONDS) -> None:
+        """Write the lines, below those of earlier starts; a failure is a warning, as nothing is
+        decided by them."""
+        file = self._file
+        if file is None:
+            return
+        with self._sending:
+            try:
+                store = self._store.within(seconds) if self._store else None
+                if not self._recalled:
+                    self._recall(file, store)
+                self._write(file, store)
+            except (OSError, StoreUnavailable) as error:
+                log.warning("the last lines of the log could not be stored: %s", error)
+
+    def _recall(self, file: Path, store: Store | None) -> None:
+        """Once: put what earlier starts left before the own lines."""
         earlier = b""
-        if in_place:
+        if store is None:
             earlier = file.read_bytes() if file.is_file() else b""
         elif self._key in store.find(layout.LOGS):
             earlier = store.read(self._key)
@@ -61,26 +76,18 @@ class LogTail(logging.Handler):
         self.acquire()
         self._lines = deque([*before, *self._lines], maxlen=LINES)
         self.release()
-        self._file, self._store = file, None if in_place else store
+        self._recalled = True
 
-    def send(self, seconds: float = END_SECONDS) -> None:
-        """Write the lines; a failure is a warning, as nothing is decided by them."""
-        file = self._file
-        if file is None:
-            return
-        with self._sending:
-            self.acquire()
-            text = "".join(f"{line}\n" for line in self._lines)
-            self.release()
-            partial = file.with_name(f"{file.name}.partial")
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(file)
-                if self._store is not None:
-                    self._store.within(seconds).put(file, self._key)
-            except (OSError, StoreUnavailable) as error:
-                log.warning("the last lines of the log could not be stored: %s", error)
+    def _write(self, file: Path, store: Store | None) -> None:
+        self.acquire()
+        text = "".join(f"{line}\n" for line in self._lines)
+        self.release()
+        partial = file.with_name(f"{file.name}.partial")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+        if store is not None:
+            store.put(file, self._key)
 
     def send_beside(self) -> None:
         """The same in a thread of its own: training does not wait for it."""

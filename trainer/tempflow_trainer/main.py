@@ -50,7 +50,7 @@ from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
-from tempflow_trainer.store import open_store
+from tempflow_trainer.store import open_store, probe_when_it_answers
 from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
@@ -172,12 +172,15 @@ def build_run(
         half_range=spec.model.precision == "float16" and spec.model.lora is not None,
         clock=Stopwatch(),
         stop_requested=stop_requested,
-        groups_per_rollout=_groups_per_rollout(spec, ranks.world),
+        groups_per_rollout=groups_per_rollout(spec, ranks.world),
     )
 
 
-def _groups_per_rollout(spec: JobSpec, world: int) -> int | None:
-    """Parts only where scoring needs no processor of ours: drawing in parts costs a little."""
+def groups_per_rollout(spec: JobSpec, world: int) -> int | None:
+    """Start noises that a process draws at once; None: all.
+
+    Parts only where scoring needs no processor of ours: drawing in parts costs a little.
+    """
     asked = spec.compute.groups_per_rollout
     if asked is not None or not any(term.service for term in spec.rewards):
         return asked
@@ -272,7 +275,7 @@ def train(
     if spec.compute.preflight:
         preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
     elif ranks.is_first:
-        store.probe()
+        probe_when_it_answers(store)
     tail.connect(work, store)
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)

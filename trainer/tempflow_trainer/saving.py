@@ -57,7 +57,8 @@ class Saver:
         self._on_end, self._after = on_end, after
         self._thread: threading.Thread | None = None
         self._save = Save(0, 0.0)
-        self._failures = 0
+        self.failures = 0
+        """Saves in a row that were skipped, or ended without a checkpoint."""
 
     def ready(self) -> bool:
         """Wait for the save before; False when it takes too long, and this one is skipped.
@@ -107,7 +108,7 @@ class Saver:
         self._thread, save = None, self._save
         self._on_end(save)
         if save.error is None:
-            self._failures = 0
+            self.failures = 0
         elif isinstance(save.error, StoreUnavailable):
             self._count_failure(str(save.error))
         else:
@@ -115,11 +116,11 @@ class Saver:
         return True
 
     def _count_failure(self, reason: str) -> None:
-        self._failures += 1
+        self.failures += 1
         log.error("no checkpoint this time: %s", reason)
-        if self._failures >= self._most_failures:
+        if self.failures >= self._most_failures:
             raise Uncommitted(
-                f"{self._failures} checkpoints in a row could not be stored, so more training "
+                f"{self.failures} checkpoints in a row could not be stored, so more training "
                 f"would be lost with the next fault: {reason}"
             )
 

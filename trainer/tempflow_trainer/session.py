@@ -1,6 +1,5 @@
 """A run from start to end: epochs, evaluations, checkpoints, and the record of them."""
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -25,10 +24,10 @@ from tempflow_api.record import Metrics
 from tempflow_api.record import Save as SaveLine
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import checkpoint, selftest, sharding
+from tempflow_trainer import checkpoint, guard, selftest, sharding
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluator, line_of, means_of, write_grid
-from tempflow_trainer.guard import WINDOW, Guard
+from tempflow_trainer.guard import Guard
 from tempflow_trainer.loop import Run, run_epoch
 from tempflow_trainer.metrics import Record, now
 from tempflow_trainer.origin import Origin, check_same_run
@@ -122,7 +121,7 @@ class Session:
             if self.epochs_done == 0 or self.committed is None:
                 self._evaluate()
                 if self.spec.guard.action == "rollback" and self.committed is None:
-                    self._save()  # there is always a place to go back to
+                    self._commit()  # there is always a place to go back to
             while self.epochs_done < self.spec.algorithm.epochs:
                 self._epoch()
         except Preempted:
@@ -204,13 +203,13 @@ class Session:
         Raises:
             TrainingCollapsed: it says stop, or the run went back often enough.
         """
-        guard, said = self.spec.guard, "; ".join(alarms)
+        limits, said = self.spec.guard, "; ".join(alarms)
         if self.run.ranks.is_first:
             log.warning("alarm after %d epochs: %s", self.epochs_done, said)
-        if guard.action == "warn":
+        if limits.action == "warn":
             return False
         advice = "lower spec.optimizer.learningRate, or set spec.guard.action: warn to go on"
-        if guard.action == "stop" or self.rollbacks == guard.max_rollbacks:
+        if limits.action == "stop" or self.rollbacks >= limits.max_rollbacks:
             self._on_phase("update")
             tries = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
             raise TrainingCollapsed(
@@ -240,8 +239,7 @@ class Session:
                 self.run.optimizer.param_groups[0]["lr"],
             )
         self._remind_guard()
-        self._save()
-        self._settle()
+        self._commit()
 
     def _set_learning_rate(self) -> None:
         factor = self.spec.guard.learning_rate_factor**self.rollbacks
@@ -252,20 +250,11 @@ class Session:
         """Tell the guard of every rank what rank 0 has recorded."""
         said = ""
         if self.run.ranks.is_first:
-            epochs = self.record.lines(layout.METRICS, Metrics)
-            evaluations = self.record.lines(layout.EVALUATIONS, EvaluationLine)
-            kept = [*epochs[:1], *epochs[1:][-WINDOW:]]
-            said = json.dumps(
-                [
-                    [line.model_dump(mode="json", by_alias=True) for line in lines]
-                    for lines in (kept, evaluations[:1])
-                ]
+            said = guard.tell(
+                self.record.lines(layout.METRICS, Metrics),
+                self.record.lines(layout.EVALUATIONS, EvaluationLine),
             )
-        told, first = json.loads(self.run.ranks.from_first(said))
-        self.guard.remember(
-            [Metrics.model_validate(line) for line in told],
-            [EvaluationLine.model_validate(line) for line in first],
-        )
+        self.guard.remember_told(self.run.ranks.from_first(said))
 
     def _count_evaluations(self) -> None:
         own = self.run.policy.evaluations
@@ -343,9 +332,16 @@ class Session:
     def _complete(self) -> None:
         """The last checkpoint is what the run was for: without it the run has failed."""
         self._settle()
-        while not self.run.ranks.agreed(self._is_committed):  # ends: failures are counted
+        if not self.run.ranks.agreed(self._is_committed):
+            self._commit()
+
+    def _commit(self) -> None:
+        """Save until it is stored; that ends, as failures are counted."""
+        while True:
             self._save()
             self._settle()
+            if self.run.ranks.agreed(lambda: self.saver.failures == 0):
+                return
 
     def _settle(self) -> None:
         while not self.run.ranks.agreed(lambda: self.saver.settle(WAIT_SECONDS)):

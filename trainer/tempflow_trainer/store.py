@@ -5,6 +5,7 @@ now. S3 gets no listings cache (it has no expiry) and no mkdir (it would create 
 """
 
 import copy
+import logging
 import os
 import shutil
 import time
@@ -13,14 +14,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 
 import s3fs
-from botocore.exceptions import BotoCoreError
+from botocore import exceptions as boto
 from fsspec.exceptions import FSTimeoutError
 
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.storage import Checkpoint
+
+log = logging.getLogger(__name__)
+
+OUTAGE_SECONDS = 180.0
+"""A store that restarts is back by then; an address that is wrong is still told of in minutes."""
+
+
+class StoreSilent(StoreUnavailable):
+    """Nothing answered, or a server that is not whole: this says nothing about the bucket."""
 
 
 class Store(ABC):
@@ -86,6 +97,24 @@ class Store(ABC):
             raise StoreUnavailable(f"{self.uri}: a key that was written is not listed")
         if self.read(key) != b"probe":
             raise StoreUnavailable(f"{self.uri}: a key that was written reads differently")
+
+
+def probe_when_it_answers(store: Store, *, patience_seconds: float = OUTAGE_SECONDS) -> None:
+    """Probe; again and again while the store is silent, which a new attempt would not cure.
+
+    Raises:
+        StoreUnavailable: it refuses, at once; or it was silent for all that time.
+    """
+    until, pause = time.monotonic() + patience_seconds, 1.0
+    while True:
+        try:
+            return store.probe()
+        except StoreSilent as error:
+            if time.monotonic() + pause > until:
+                raise
+            log.warning("waits for the store: %s", error)
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
 
 
 def open_store(checkpoint: Checkpoint, run_folder: str, default_root: Path) -> Store:
@@ -198,7 +227,7 @@ def _flush(path: Path) -> None:
 
 
 # No credentials, no answer, out of time: s3fs translates only what the store itself says.
-_REFUSALS = (OSError, BotoCoreError, FSTimeoutError)
+_REFUSALS = (OSError, boto.BotoCoreError, FSTimeoutError)
 _PART_BYTES, _PARTS_IN_FLIGHT = 16 << 20, 8
 """A large file travels in parts: 128 MiB of memory at most."""
 _REQUEST_SECONDS = 900.0
@@ -210,6 +239,19 @@ _CONFLICTS = 5
 def _said(error: Exception) -> str:
     """What s3fs says, and what the store itself said: only the latter has the code."""
     return f"{error} {error.__cause__ or ''}"
+
+
+def _is_silence(error: Exception) -> bool:
+    """Whether time alone may cure it: no connection, no answer in time, a server's own error."""
+    if isinstance(error, boto.SSLError):
+        return False
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | FSTimeoutError):
+        return True
+    said = error.__cause__
+    if not isinstance(said, boto.ClientError):
+        return False
+    code = int(said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return code >= 500 and code != HTTPStatus.NOT_IMPLEMENTED
 
 
 _REMEDIES = {
@@ -397,4 +439,5 @@ class S3Store(Store):
             "check that the bucket exists, that the credentials allow it, and "
             "spec.checkpoint.endpointUrl",
         )
-        return StoreUnavailable(f"cannot {action} {self.uri}/{key}: {reason}; {remedy}")
+        kind = StoreSilent if _is_silence(error) else StoreUnavailable
+        return kind(f"cannot {action} {self.uri}/{key}: {reason}; {remedy}")

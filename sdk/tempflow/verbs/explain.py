@@ -49,7 +49,9 @@ def explain(
         raise typer.BadParameter("give either a manifest or --preset NAME", param_hint="FILE")
     what_if = {"width": width, "height": height, "steps": steps}
     every = [*(overrides or ())]
-    every += [f"spec.sampling.{name}={value}" for name, value in what_if.items() if value]
+    every += [
+        f"spec.sampling.{name}={value}" for name, value in what_if.items() if value is not None
+    ]
     if preset is not None:
         job = manifest.parse_text(presets.preset(preset).text, preset, every).job
     else:

@@ -351,6 +351,12 @@ class TestSample:
             "error: there is no folder runs/no: expects that of a run, checkpoint or result\n",
         )
 
+    def test_a_store_is_not_a_folder(self, shell: Shell) -> None:
+        done = shell("sample", "s3://bucket/runs/digits", "--prompt", "a three")
+        uri = "s3://bucket/runs/digits"
+        told = f"{uri} is not on this machine: 'tempflow pull {uri}' first, then its folder"
+        assert (done.returncode, done.stderr) == (2, f"error: {told}\n")
+
     def test_a_picture_in_no_folder(self, shell: Shell) -> None:
         done = shell("sample", ".", "--prompt", "a three", "--out", "no/grid.png")
         assert done.stderr == "error: cannot write the picture no/grid.png: its folder must exist\n"

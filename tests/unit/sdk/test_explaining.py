@@ -44,6 +44,14 @@ def test_either_a_file_or_a_preset(
     assert "give either a manifest or --preset NAME" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["steps", "width", "height"])
+def test_a_what_if_of_nothing_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert tempflow(monkeypatch, "explain", str(write(tmp_path)), f"--{name}", "0") == 2
+    assert f"spec.sampling.{name}: got 0" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_if_and_both_forms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -62,7 +62,7 @@ def tempflow(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=dict(os.environ),
         check=False,
     )

@@ -83,6 +83,30 @@ def test_metadata_reaches_the_scorer() -> None:
     assert seen == [("a", {"count": 1})] * 2 + [("b", {"count": 2})] * 2
 
 
+@law
+@given(
+    prompts=st.integers(1, 7),
+    count=st.integers(1, 5),
+    world=st.integers(1, 5),
+    compares=st.booleans(),
+)
+def test_ranks_that_work_in_step_draw_as_many_images(
+    prompts: int, count: int, world: int, compares: bool
+) -> None:
+    class Comparing(Brightness):
+        group_wise = compares
+
+    plain = replace(
+        evaluator(), images_per_prompt=count, reward=Reward([Term("best", 1.0, Comparing())])
+    )
+    ranks = [replace(plain.ranks, rank=rank, world=world) for rank in range(world)]
+    every = [replace(plain, ranks=one, equal_shares=True) for one in ranks]
+    jobs = prompts * count
+    drawn = [one._share(jobs, one.ranks.rank).tolist() for one in every]
+    assert sorted(index for own in drawn for index in own) == list(range(jobs))
+    assert len({len(own) + one._filling(jobs) for one, own in zip(every, drawn, strict=True)}) == 1
+
+
 def noise_images(prompts: int, count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (prompts, count, 3, 4, 5), generator=generator, dtype=torch.uint8)

@@ -40,6 +40,7 @@ SIX: dict[str, dict[str, object]] = {
         "algorithm.branchesPerSeed": 5,
         "compute.rowsPerCall": 6,
     },
+    "drawn in parts": {"compute.groupsPerRollout": 3, "compute.rowsPerCall": 9},
     "more steps, every weight": {"sampling.steps": 8, "algorithm.klCoefficient": 0.001},
 }
 
@@ -152,6 +153,17 @@ def test_a_published_model() -> None:
     assert told.seconds.total == pytest.approx(work / 250e12)
 
 
+def test_a_served_reward_is_drawn_for_in_eighths() -> None:
+    service = {"endpoints": ["http://scores.example:8080"]}
+    rewards = [{"name": "brightness", "service": service}]
+    changes: dict[str, object] = {"algorithm.promptsPerEpoch": 12, "rewards": rewards}
+    told = explain(job_of(spec_of(changes))).geometry
+    assert (told.groups_most, told.groups_per_rollout) == (24, 3)
+    whole = explain(job_of(spec_of({"algorithm.promptsPerEpoch": 12}))).geometry
+    assert told.images == whole.images
+    assert told.rows_in_flight * 8 == whole.rows_in_flight
+
+
 def test_every_preset_has_a_configuration() -> None:
     from tempflow_trainer.models import skeleton
 
@@ -165,7 +177,7 @@ def test_what_cannot_be_explained_is_said() -> None:
     wrong = spec.model.model_copy(update={"family": "sd3", "source": "someone/something"})
     with pytest.raises(ModelUnavailable, match=r"configuration of someone/something is not at h"):
         explain(job_of(spec.model_copy(update={"model": wrong})))
-    for rate in ("fast", "0/s", "-3TFLOP/s", "1e3"):
+    for rate in ("fast", "0/s", "-3TFLOP/s", "1e3", "1e999/s"):
         with pytest.raises(ManifestInvalid, match=r"--rate: got '.*expected a rate such as"):
             explain(job_of(spec_of()), rate)
 

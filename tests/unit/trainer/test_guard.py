@@ -10,17 +10,23 @@ import torch
 import yaml
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import Preempted, TrainingCollapsed, TrainingDiverged
+from tempflow_api.errors import (
+    Preempted,
+    StoreUnavailable,
+    TrainingCollapsed,
+    TrainingDiverged,
+)
 from tempflow_api.record import Evaluation, Metrics, Spread
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import Guard as Limits
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import loop
+from tempflow_trainer import checkpoint, loop
 from tempflow_trainer.data import load_prompts
 from tempflow_trainer.guard import Guard
 from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
 from tempflow_trainer.session import Session
+from tempflow_trainer.store import FolderStore
 from tests.numerics.toys import spec_of
 from tests.unit.trainer.family_cases import ALONE, CPU
 from tests.unit.trainer.sessions import after, epochs, final_state, rows, session_of
@@ -254,3 +260,45 @@ def test_gradients_that_are_not_finite_are_rolled_back_too(
     assert session.rollbacks == 1
     assert [row["rollbacks"] for row in rows(tmp_path, layout.METRICS)] == [0, 0, 0, 0, 1, 1]
     assert replace(session).rollbacks == 1
+
+
+class Refusing(FolderStore):
+    """A folder that refuses the checkpoints whose turn it is, counted from 0."""
+
+    def __init__(self, root: Path, refused: set[int]) -> None:
+        super().__init__(root)
+        self.refused, self.asked = refused, 0
+
+    def put(self, file: Path, key: str) -> None:
+        if key.endswith(checkpoint.COUNTERS):
+            self.asked += 1
+            if self.asked - 1 in self.refused:
+                raise StoreUnavailable(f"cannot write {key}: refused")
+        super().put(file, key)
+
+
+def test_there_is_a_place_to_go_back_to_though_the_store_refused_it_once(tmp_path: Path) -> None:
+    changes = {**ROLLBACK, "checkpoint.everyEpochs": 20}
+    session = session_of(spec_of(changes), tmp_path)
+    session.checkpoints.store = Refusing(tmp_path, {0})
+    session.train()
+    assert session.rollbacks == 1
+    assert epochs(tmp_path, layout.METRICS) == list(range(1, 21))
+
+
+def test_a_rollback_that_the_store_refuses_is_tried_again_before_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    session = session_of(spec_of({**ROLLBACK, "checkpoint.everyEpochs": 20}), tmp_path)
+    session.checkpoints.store = Refusing(tmp_path, {1, 2})
+    session.train()
+    saves = [(row["epoch"], row["folder"] is not None) for row in rows(tmp_path, layout.SAVES)]
+    assert saves == [(0, True), (0, False), (0, False), (0, True), (20, True)]
+
+
+def test_fewer_rollbacks_allowed_than_there_were_end_the_run(tmp_path: Path) -> None:
+    hopeless = {**ROLLBACK, "guard.learningRateFactor": 0.99}
+    with pytest.raises(TrainingCollapsed, match="after 3 rollbacks"):
+        session_of(spec_of({**hopeless, "guard.maxRollbacks": 3}), tmp_path).train()
+    with pytest.raises(TrainingCollapsed, match="after 3 rollbacks"):
+        session_of(spec_of({**hopeless, "guard.maxRollbacks": 1}), tmp_path, attempt=1).train()

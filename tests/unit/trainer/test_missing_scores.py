@@ -194,7 +194,7 @@ def test_a_reward_that_compares_sees_the_draws_of_a_step() -> None:
     sizes.clear()
     evaluator = evaluator_of(spec, run, prompts_of(spec))
     shared = [replace(evaluator, ranks=replace(run.ranks, rank=r, world=2)) for r in (0, 1)]
-    assert [one._share(15).tolist() for one in shared] == [
+    assert [one._share(15, one.ranks.rank).tolist() for one in shared] == [
         [0, 1, 2, 3, 4, 10, 11, 12, 13, 14],
         [5, 6, 7, 8, 9],
     ]

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,14 @@ import pytest
 
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.storage import Checkpoint
-from tempflow_trainer.store import FolderStore, S3Store, Store, open_store
+from tempflow_trainer.store import (
+    FolderStore,
+    S3Store,
+    Store,
+    StoreSilent,
+    open_store,
+    probe_when_it_answers,
+)
 
 
 @pytest.fixture
@@ -178,7 +186,7 @@ def test_a_store_that_does_not_answer_is_unavailable() -> None:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
         store = S3Store("s3://runs/run", endpoint_url=endpoint, region="us-east-1")
-        with pytest.raises(StoreUnavailable, match=r"cannot write s3://runs/run/\.probe"):
+        with pytest.raises(StoreSilent, match=r"cannot write s3://runs/run/\.probe"):
             store.probe()
 
 
@@ -240,3 +248,33 @@ def test_folders_of_a_store_are_stores(store: Store) -> None:
     assert store.folders("none") == []
     assert store.below("a/y").find("") == {"z/1": 1}
     assert store.below("a").uri == f"{store.uri}/a"
+
+
+class Restarting(FolderStore):
+    """Silent for its first few requests, or refusing."""
+
+    def __init__(self, root: Path, *errors: StoreUnavailable) -> None:
+        super().__init__(root)
+        self.errors = list(errors)
+
+    def create(self, key: str, content: bytes) -> bool:
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().create(key, content)
+
+
+def test_a_store_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    store = Restarting(tmp_path, StoreSilent("no connection"))
+    probe_when_it_answers(store, patience_seconds=30)
+    assert store.errors == []
+
+
+def test_a_silence_ends_and_a_refusal_is_told_at_once(tmp_path: Path) -> None:
+    silent = Restarting(tmp_path, *[StoreSilent("no connection")] * 9)
+    with pytest.raises(StoreSilent):
+        probe_when_it_answers(silent, patience_seconds=0.5)
+    refusing = Restarting(tmp_path, StoreUnavailable("forbidden"))
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="forbidden"):
+        probe_when_it_answers(refusing, patience_seconds=30)
+    assert time.monotonic() - started < 0.5

@@ -1,0 +1,60 @@
+"""The commands that our pages show, and where each is run."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "charts/tempflow/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+
+# Pages that are typed from top to bottom by `test_commands.py`.
+TYPED_HERE = ("README.md", "docs/run.md", "docs/explain.md", "docs/rewards.md")
+
+_CLUSTER = "tests/cluster/test_journey.py"
+_OPERATOR = "tests/cluster/test_operator.py"
+_IMAGES = "tests/cluster/project_images.py"
+_CI = ".ci/run"
+# What is run elsewhere: the beginning of the command, and the file that runs it or its like.
+ELSEWHERE = {
+    "make demo": "benchmarks/demo.py",
+    "make test": _CI,
+    "make check": _CI,
+    "make setup": _CI,
+    "make images": _IMAGES,
+    "apt-get install": "tests/cluster/build.py",
+    "tools/base_image.sh": _IMAGES,
+    "export": _CLUSTER,
+    "helm upgrade": _CLUSTER,
+    "helm test": _OPERATOR,
+    "helm uninstall": _CLUSTER,
+    "kubectl": _OPERATOR,
+    "tempflow validate digits.yaml -o yaml": _OPERATOR,
+    "tempflow init --preset digits": _CLUSTER,
+    "pip install": "tests/unit/trainer/test_reward_plugins.py",
+    "tempflow rewards score photo.png": "tests/unit/trainer/test_reward_plugins.py",
+}
+# The only commands that nobody runs, and what they want that no test has.
+NOT_RUN = {
+    "make push-images": "a registry",
+    "python -m tempflow_trainer.rewards.serve pickscore --device": "published weights and a GPU",
+}
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page, in order, without remarks; continued lines are joined."""
+    found = []
+    blocks = re.findall(r"^```(sh|bash|console)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    for kind, block in blocks:
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            text = line.removeprefix("$ ") if line.startswith("$ ") or kind != "console" else ""
+            text = re.sub(r"\s+# .*$", "", text).strip()
+            if text and not text.startswith("#"):
+                found.append(text)
+    return found
+
+
+def elsewhere(command: str) -> str | None:
+    """The file that runs the command, or its like; None if no line above names it."""
+    return next((file for start, file in ELSEWHERE.items() if command.startswith(start)), None)
