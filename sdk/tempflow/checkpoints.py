@@ -185,7 +185,7 @@ def read(store: Store, path: str) -> bytes | None:
 
 def create(store: Store, path: str, content: bytes) -> bool:
     """Write a file of the run that must be new; False when it exists, which is then unchanged."""
-    if isinstance(store.files, _local_files()):
+    if _is_local(store):
         return _create_file(Path(store.path(path)), content)
     with store_errors(store, "write to"):
         try:
@@ -229,7 +229,7 @@ def delete_folder(store: Store, folder: str) -> None:
     """Remove a checkpoint, manifest first: without it, it does not exist, however far this gets."""
     paths = sorted(files_below(store, folder), key=lambda path: not path.endswith(layout.MANIFEST))
     delete(store, paths)
-    if isinstance(store.files, _local_files()) and Path(store.path(folder)).is_dir():
+    if _is_local(store) and Path(store.path(folder)).is_dir():
         with store_errors(store, "delete from"):
             store.files.rm(store.path(folder), recursive=True)
 
@@ -252,10 +252,10 @@ def pinned(store: Store) -> frozenset[str]:
     )
 
 
-def _local_files() -> type:
+def _is_local(store: Store) -> bool:
     from fsspec.implementations.local import LocalFileSystem
 
-    return LocalFileSystem
+    return isinstance(store.files, LocalFileSystem)
 
 
 def find(

@@ -38,7 +38,7 @@ def missing_scores(record: RunRecord) -> list[Row]:
     """Reward, images without its score, epochs with such images, groups left out for it."""
     names = sorted({name for line in record.metrics for name in line.missing_scores})
     images = sum(line.images for line in record.metrics)
-    rows = []
+    rows: list[Row] = []
     for name in names:
         counts = [line.missing_scores.get(name, 0) for line in record.metrics]
         epochs = sum(count > 0 for count in counts)
