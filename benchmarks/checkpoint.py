@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
+from tempflow_api.retention import Retention
 from tempflow_trainer.checkpoint import Checkpoints, State, host_copy
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.store import S3Store
 from tests.faults.seaweedfs import seaweedfs

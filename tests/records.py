@@ -1,6 +1,6 @@
 """Lines of a run's record, complete, with the figures that a test cares about."""
 
-from tempflow_api.record import Evaluation, Metrics, Spread, Summary
+from tempflow_api.record import Evaluation, Metrics, Save, SelfTest, Spread, Summary
 
 TIME = "2026-01-31T12:00:00Z"
 
@@ -51,4 +51,34 @@ def make_summary(result: str) -> Summary:
         images=21_600,
         peak_memory_bytes=640_000_000,
         result=result,
+    )
+
+
+def make_save(epoch: int, error: str | None = None) -> Save:
+    return Save(
+        epoch=epoch,
+        time=TIME,
+        stall_seconds=0.5,
+        stage_seconds=1.0,
+        send_seconds=2.0,
+        bytes=1 << 20,
+        folder=None if error else f"checkpoints/step-{epoch:010d}-attempt-000000",
+        error=error,
+    )
+
+
+def make_self_test() -> SelfTest:
+    return SelfTest(
+        configuration="c",
+        time=TIME,
+        seconds=1.5,
+        device="cpu",
+        precision="float32",
+        trained_parameters=123_456,
+        tensors_with_gradient=12,
+        tensors_changed=12,
+        reward=None,
+        rollout_difference=0.0,
+        one_row_difference=1e-7,
+        bound=1e-4,
     )

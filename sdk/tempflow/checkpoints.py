@@ -1,13 +1,12 @@
-"""List and pull the complete checkpoints of a run. The only file here that reads the store.
+"""The stored checkpoints of a run, in a local folder or in S3: what is there, and what counts.
 
-The store is a local folder or S3. It is only read: no folder and no bucket is ever made there.
+What asks the store goes through here, so that it complains in one way. Nothing makes a bucket.
 """
 
-import hashlib
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,10 +20,6 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
 
 _S3 = "s3://"
-_CHUNK_BYTES = 1 << 22
-
-Advance = Callable[[int, int], None]
-"""Told the bytes pulled so far and their total."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +60,20 @@ class Step:
         return next((kind for kind in (layout.ADAPTER, layout.TRANSFORMER) if kind in tops), "")
 
 
-def open_store(uri: str, endpoint_url: str | None = None, region: str | None = None) -> Store:
+def open_store(
+    uri: str,
+    endpoint_url: str | None = None,
+    region: str | None = None,
+    profile: str | None = None,
+) -> Store:
     """The run at ``uri``: a folder, ``file://`` or ``s3://bucket/prefix``.
 
     The run's own ``checkpoints`` folder is accepted, too. Nothing is read yet. Credentials come
-    from the environment, a profile or the machine's identity.
+    from ``profile``, else from the environment or the machine's identity.
     """
     trimmed = uri.rstrip("/").removesuffix(f"/{layout.CHECKPOINTS}")
     if trimmed.startswith(_S3):
-        return Store(_s3(endpoint_url, region), trimmed.removeprefix(_S3), trimmed)
+        return Store(_s3(endpoint_url, region, profile), trimmed.removeprefix(_S3), trimmed)
     if "://" in trimmed and not trimmed.startswith("file://"):
         raise Refused(f"got {uri}: expects a folder, file:///folder or s3://bucket/prefix")
     from fsspec.implementations.local import LocalFileSystem
@@ -82,7 +82,7 @@ def open_store(uri: str, endpoint_url: str | None = None, region: str | None = N
     return Store(LocalFileSystem(use_listings_cache=False), root, trimmed)
 
 
-def _s3(endpoint_url: str | None, region: str | None) -> AbstractFileSystem:
+def _s3(endpoint_url: str | None, region: str | None, profile: str | None) -> AbstractFileSystem:
     # Late: s3fs takes most of a second to load, and a local folder does not need it.
     from s3fs import S3FileSystem
 
@@ -91,10 +91,19 @@ def _s3(endpoint_url: str | None, region: str | None) -> AbstractFileSystem:
         "use_listings_cache": False,
         "skip_instance_cache": True,
         # s3fs itself retries five times around this.
-        "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 5, "read_timeout": 30},
+        "config_kwargs": {
+            "retries": {"max_attempts": 1},
+            "connect_timeout": 5,
+            "read_timeout": 30,
+            # Stores of other makers reject the checksums that newer clients add unasked.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
     }
     if endpoint_url:
         settings["endpoint_url"] = endpoint_url
+    if profile:
+        settings["profile"] = profile
     if region:
         settings["client_kwargs"] = {"region_name": region}
     return S3FileSystem(**settings)
@@ -105,22 +114,27 @@ def steps(store: Store) -> list[Step]:
 
     Which ones count, the highest entry of the run's ledger says: see ``checkpoint_layout``.
     """
-    newest = _newest_entry(store)
-    names = _names(store, layout.CHECKPOINTS)
+    newest = newest_entry(store)
+    there = names(store, layout.CHECKPOINTS)
     found = []
-    for folder in reversed(layout.committed(names, newest)):
+    for folder in reversed(layout.committed(there, newest)):
         text = _manifest_text(store, folder.name)
         if text is not None:
             found.append(Step(*folder, folder.name, _manifest(text)))
     return found
 
 
-def _newest_entry(store: Store) -> layout.Entry | None:
-    number = layout.newest_entry(_names(store, layout.LEDGER))
+def newest_entry(store: Store) -> layout.Entry | None:
+    """The entry of the ledger that says what counts; None where nobody ever claimed the run.
+
+    Raises:
+        CheckpointCorrupt: it cannot be understood.
+    """
+    number = layout.newest_entry(names(store, layout.LEDGER))
     if number is None:
         return None
     key = layout.entry_key(number)
-    with _store_errors(store):
+    with store_errors(store):
         text = bytes(store.files.cat_file(store.path(key)))
     try:
         return layout.Entry.model_validate_json(text)
@@ -131,9 +145,9 @@ def _newest_entry(store: Store) -> layout.Entry | None:
         ) from error
 
 
-def _names(store: Store, folder: str) -> list[str]:
+def names(store: Store, folder: str) -> list[str]:
     """Names directly below a folder of the run."""
-    with _store_errors(store):
+    with store_errors(store):
         try:
             found = store.files.ls(store.path(folder), detail=False)
         except FileNotFoundError as error:
@@ -145,7 +159,7 @@ def _names(store: Store, folder: str) -> list[str]:
 
 
 def _manifest_text(store: Store, folder: str) -> bytes | None:
-    with _store_errors(store):
+    with store_errors(store):
         try:
             path = store.path(layout.CHECKPOINTS, folder, layout.MANIFEST)
             return bytes(store.files.cat_file(path))
@@ -162,14 +176,91 @@ def _manifest(text: bytes) -> layout.CheckpointManifest | None:
 
 def read(store: Store, path: str) -> bytes | None:
     """The content of a file of the run, for instance ``record/metrics.jsonl``; None without it."""
-    with _store_errors(store):
+    with store_errors(store):
         try:
             return bytes(store.files.cat_file(store.path(path)))
         except FileNotFoundError:
             return None
 
 
-def find(uri: str, number: int | None, endpoint_url: str | None = None) -> tuple[Store, Step]:
+def create(store: Store, path: str, content: bytes) -> bool:
+    """Write a file of the run that must be new; False when it exists, which is then unchanged."""
+    if _is_local(store):
+        return _create_file(Path(store.path(path)), content)
+    with store_errors(store, "write to"):
+        try:
+            store.files.pipe_file(store.path(path), content, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # Not every store words its refusal as s3fs expects.
+            if "precondition" in f"{error} {error.__cause__}".lower().replace("-", ""):
+                return False
+            raise
+    return True
+
+
+def _create_file(target: Path, content: bytes) -> bool:
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        target.parent.mkdir(exist_ok=True)
+        partial.write_bytes(content)
+        os.link(partial, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise StoreUnavailable(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+def delete(store: Store, paths: Sequence[str]) -> None:
+    """Remove files of the run, in that order; those that are gone already are no error."""
+    for path in paths:
+        with store_errors(store, "delete from"):
+            try:
+                store.files.rm_file(store.path(path))
+            except FileNotFoundError:
+                continue
+
+
+def delete_folder(store: Store, folder: str) -> None:
+    """Remove a checkpoint, manifest first: without it, it does not exist, however far this gets."""
+    paths = sorted(files_below(store, folder), key=lambda path: not path.endswith(layout.MANIFEST))
+    delete(store, paths)
+    if _is_local(store) and Path(store.path(folder)).is_dir():
+        with store_errors(store, "delete from"):
+            store.files.rm(store.path(folder), recursive=True)
+
+
+def files_below(store: Store, folder: str) -> dict[str, int]:
+    """Sizes of the files below a folder of the run, by path below the run."""
+    with store_errors(store):
+        try:
+            found = store.files.find(store.path(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        start = f"{store.root}/"
+        return {path.removeprefix(start): int(info["size"]) for path, info in found.items()}
+
+
+def pinned(store: Store) -> frozenset[str]:
+    """Names of the checkpoints' folders that somebody wants kept."""
+    return frozenset(
+        name.removesuffix(".json") for name in names(store, layout.PINS) if name.endswith(".json")
+    )
+
+
+def _is_local(store: Store) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(store.files, LocalFileSystem)
+
+
+def find(
+    uri: str, number: int | None, endpoint_url: str | None = None, profile: str | None = None
+) -> tuple[Store, Step]:
     """A checkpoint of the run at ``uri``, or the very one whose folder ``uri`` is.
 
     The latter is what the status of a job on a cluster names.
@@ -177,9 +268,9 @@ def find(uri: str, number: int | None, endpoint_url: str | None = None) -> tuple
     trimmed = uri.rstrip("/")
     run, _, folder = trimmed.rpartition("/")
     if layout.parse_folder(folder) is None:
-        store = open_store(uri, endpoint_url)
+        store = open_store(uri, endpoint_url, profile=profile)
         return store, choose(store, number)
-    store = open_store(run, endpoint_url)
+    store = open_store(run, endpoint_url, profile=profile)
     named = [step for step in steps(store) if step.folder == folder]
     if not named:
         raise StoreUnavailable(f"no complete checkpoint at {trimmed}; its run may have newer ones")
@@ -207,88 +298,20 @@ def choose(store: Store, number: int | None) -> Step:
     return matching[-1]
 
 
-def pull(
-    store: Store, step: Step, target: Path, advance: Advance = lambda _done, _all: None
-) -> Path:
-    """Copy a checkpoint to the new folder ``target``, which appears only when all of it is there
-    and every digest is right."""
-    manifest = step.manifest
-    if manifest is None:
-        raise CheckpointCorrupt(
-            f"{step.folder} is damaged: its {layout.MANIFEST} cannot be understood; choose another "
-            "--step"
-        )
-    if target.exists():
-        raise Refused(f"{target} exists: choose another folder with --to")
-    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        done = 0
-        for file in manifest.files:
-            done = _pull_file(store, step, file, aside, done, advance)
-        source = store.path(layout.CHECKPOINTS, step.folder, layout.MANIFEST)
-        with _store_errors(store):
-            text = store.files.cat_file(source)
-        (aside / layout.MANIFEST).write_bytes(text)
-        aside.rename(target)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StoreUnavailable(f"cannot write {error.filename or target}: {reason}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target
-
-
-def _pull_file(
-    store: Store, step: Step, file: layout.StoredFile, aside: Path, done: int, advance: Advance
-) -> int:
-    """Copy one file below ``aside`` and check it; the bytes done, with those of this file."""
-    target = aside / file.path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    with target.open("wb") as output:
-        for block in _blocks(store, store.path(layout.CHECKPOINTS, step.folder, file.path)):
-            output.write(block)
-            digest.update(block)
-            size += len(block)
-            advance(done + size, step.size)
-    if size != file.size or digest.hexdigest() != file.sha256:
-        raise CheckpointCorrupt(
-            f"{step.folder}/{file.path} is damaged: its size or SHA-256 is not the one in "
-            f"{layout.MANIFEST}; choose another --step"
-        )
-    return done + size
-
-
-def _blocks(store: Store, path: str) -> Iterator[bytes]:
-    """The content of a stored file; what goes wrong in the store is named as such."""
-    with _store_errors(store):
-        try:
-            source = store.files.open(path, "rb", block_size=_CHUNK_BYTES, cache_type="readahead")
-        except FileNotFoundError as error:
-            raise CheckpointCorrupt(f"{path} is missing: choose another --step") from error
-    with source:
-        while True:
-            with _store_errors(store):
-                block = source.read(_CHUNK_BYTES)
-            if not block:
-                return
-            yield bytes(block)
-
-
 @contextmanager
-def _store_errors(store: Store) -> Iterator[None]:
+def store_errors(store: Store, action: str = "read") -> Iterator[None]:
     """StoreUnavailable for what the store or its client raises."""
     try:
         yield
     except PermissionError as error:
         raise StoreUnavailable(
-            f"access denied to {store.uri}: check the credentials and that they may list and read "
+            f"access denied to {store.uri}: check the credentials and that they may do this "
             f"({_first_line(error)})"
         ) from error
     except OSError as error:
-        raise StoreUnavailable(f"cannot read {store.uri}: {_first_line(error)}") from error
+        raise StoreUnavailable(f"cannot {action} {store.uri}: {_first_line(error)}") from error
     except _client_errors() as error:
-        raise StoreUnavailable(f"cannot read {store.uri}: {_first_line(error)}") from error
+        raise StoreUnavailable(f"cannot {action} {store.uri}: {_first_line(error)}") from error
 
 
 def _client_errors() -> tuple[type[Exception], ...]:

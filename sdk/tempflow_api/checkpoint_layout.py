@@ -14,7 +14,7 @@
       pins/step-0000000120-attempt-000001.json     create-only: keep this one
       LATEST.json                    a hint for people; nothing reads it to decide
       record/                        metrics.jsonl, evaluations.jsonl, checkpoints.jsonl,
-                                     grids/, self-test.json, summary.json
+                                     grids/, logs/, self-test.json, summary.json
 
 A folder is written once and never changed; the step counts completed epochs.
 
@@ -47,6 +47,7 @@ SUMMARY = f"{RECORD}/summary.json"
 SELF_TEST = f"{RECORD}/self-test.json"
 PROGRESS = f"{RECORD}/progress.json"
 GRIDS = f"{RECORD}/grids"
+LOGS = f"{RECORD}/logs"
 ADAPTER = "adapter"
 TRANSFORMER = "transformer"
 STATE = "state"
@@ -127,7 +128,8 @@ class Entry(Section):
 
     format: Annotated[int, Field(ge=1)] = 1
     number: Annotated[int, Field(ge=1)]
-    action: Literal["claim", "commit"]
+    action: Literal["claim", "commit", "prune"]
+    """``prune``: somebody let go of checkpoints, in the name of the owner, who goes on from it."""
     attempt: Annotated[int, Field(ge=0)]
     incarnation: Annotated[int, Field(ge=1)]
     nonce: str
@@ -185,6 +187,16 @@ def entry_key(number: int) -> str:
 def pin_key(folder: str) -> str:
     """The object whose existence keeps the checkpoint in ``folder`` from being deleted."""
     return f"{PINS}/{folder}.json"
+
+
+def log_key(rank: int) -> str:
+    """Where the last lines of a rank's log lie."""
+    return f"{LOGS}/rank-{rank:05d}.log"
+
+
+def log_heading(attempt: int, time: str) -> str:
+    """The line above what one start of the run has logged."""
+    return f"=== attempt {attempt}, started {time} ==="
 
 
 def newest_entry(names: Iterable[str]) -> int | None:

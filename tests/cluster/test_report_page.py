@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from tempflow import report
 from tests.cluster.build import BROWSER
-from tests.unit.sdk.test_report import a_run
+from tests.unit.sdk.test_report import a_run, with_trouble
 
 pytestmark = pytest.mark.cluster
 
@@ -30,6 +30,7 @@ def chromium() -> Iterator[Browser]:
 def page_file(tmp_path: Path) -> Path:
     """A page of a run with a long name and many epochs."""
     run = a_run(tmp_path, name="a-run-with-a-name-of-forty-five-characters-45", epochs=150)
+    with_trouble(run)
     target = tmp_path / "report.html"
     target.write_text(report.page(report.gather(str(run))), encoding="utf-8")
     return target

@@ -13,8 +13,8 @@ import torch
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import TempFlowError
+from tempflow_api.retention import Retention
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.store import S3Store, Store
 
 ADAPTER = f"{layout.ADAPTER}/weights"

@@ -28,9 +28,9 @@ from torch import Tensor
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.checkpoint_layout import CheckpointManifest, Folder, StoredFile
 from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
+from tempflow_api.retention import Retention
 from tempflow_trainer import ledger, sharding
 from tempflow_trainer.ledger import Ledger
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.store import Store
 
 log = logging.getLogger(__name__)

@@ -158,7 +158,10 @@ class Ledger:
                 f"{found.owner} has taken the run at {self._store.uri} over from "
                 f"{self._newest.owner}; what this one writes no longer counts, so it stops"
             )
-        log.warning("entry %d of the ledger was written after all", found.number)
+        if found.action == "prune":
+            log.info("somebody has pruned the checkpoints: entry %d of the ledger", found.number)
+        else:
+            log.warning("entry %d of the ledger was written after all", found.number)
         self._newest = found
 
 

@@ -24,8 +24,8 @@ from tempflow_api.errors import (
     StoreUnavailable,
     TempFlowError,
 )
+from tempflow_api.retention import Retention
 from tempflow_api.rules import broken_rules
-from tempflow_api.storage import Checkpoint
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import distributed, preflight, tracking
 from tempflow_trainer.algorithm import sde
@@ -37,15 +37,15 @@ from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.ema import Ema
 from tempflow_trainer.evaluation import Evaluator
 from tempflow_trainer.experience import Objective
+from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.loop import Run
-from tempflow_trainer.metrics import Record, Stopwatch, phase_of
+from tempflow_trainer.metrics import Record, Stopwatch, now, phase_of
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy, TextEncoder
 from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.origin import Origin, older_runs
 from tempflow_trainer.progress import ProgressServer
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
@@ -253,18 +253,9 @@ def evaluator_of(spec: JobSpec, run: Run, prompts: list[Prompt]) -> Evaluator:
     )
 
 
-def retention_of(settings: Checkpoint) -> Retention:
-    """Which checkpoints a run keeps."""
-    best = settings.keep_best
-    return Retention(
-        settings.keep_last,
-        settings.keep_every,
-        best_metric=best.metric if best else "reward",
-        best_count=best.count if best else 0,
-    )
-
-
-def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]) -> None:
+def train(
+    job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool], tail: LogTail
+) -> None:
     """Everything that a rank does; raises what ends it other than success."""
     spec, environment = job.spec, os.environ
     work = Path(environment[naming.ENV_WORK_DIR])
@@ -285,6 +276,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
     elif ranks.is_first:
         probe_when_it_answers(store)
+    tail.connect(work, store)
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
     remote.check(spec.rewards)
@@ -301,7 +293,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
             staging,
             int(environment.get(naming.ENV_ATTEMPT, "0")),
             ranks.world,
-            retention_of(spec.checkpoint),
+            Retention.of(spec.checkpoint),
             spec.checkpoint.save_timeout_seconds,
         ),
         record=record,
@@ -310,6 +302,7 @@ def train(job: TempFlowGRPOJob, ranks: Ranks, stop_requested: Callable[[], bool]
         older_runs=lambda: older_runs(open_store(spec.checkpoint, runs, work.parent), run_folder),
         run_id=run_id,
         tracking=Tracking.of(spec, job.metadata.name, work) if ranks.is_first else Tracking(),
+        on_save=tail.send_beside,
     ).train()
 
 
@@ -330,11 +323,7 @@ def read_job_text(text: str) -> TempFlowGRPOJob:
 def main() -> int:
     """The edge of a rank: every error becomes one line, a result file and an exit code."""
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    tail = _begin_log(rank)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # launch.py turns it into SIGTERM, once
@@ -342,15 +331,32 @@ def main() -> int:
     try:
         job = read_job(Path(os.environ[naming.ENV_JOB_FILE]))
         ranks = distributed.join()
-        train(job, ranks, lambda: bool(stopping))
+        train(job, ranks, lambda: bool(stopping), tail)
         distributed.leave()
     except TempFlowError as error:
         code, message = error.exit_code, str(error)
     except Exception as error:  # the edge: a rank must say how it ended
         traceback.print_exc()
+        tail.note(traceback.format_exc())
         code, message = _judge(error)
     _write_result(rank, code, message)
+    if code != ExitCode.FENCED:  # the record is the newer start's
+        tail.note(f"{now()} rank {rank} ends with exit code {int(code)}: {message or 'done'}")
+        tail.send()
     return int(code)
+
+
+def _begin_log(rank: int) -> LogTail:
+    """All ranks keep all lines for the record; on the terminal one of them says what all do."""
+    said = logging.StreamHandler(sys.stderr)
+    said.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    tail = LogTail(rank, int(os.environ.get(naming.ENV_ATTEMPT, "0")))
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
+        handlers=[said, tail],
+    )
+    return tail
 
 
 def _judge(error: Exception) -> tuple[ExitCode, str]:

@@ -8,12 +8,12 @@ from typing import Literal
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import ConfigChanged, ModelUnavailable
+from tempflow_api.retention import Retention
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.storage import Checkpoint, InitFrom
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.ledger import look
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.store import Store, open_at
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,10 @@ from tempflow_trainer.store import Store
 
 
 class RecordCopy:
-    """Sends what changed, and fetches all on a new machine."""
+    """Sends what changed, and fetches all on a new machine.
+
+    All but the logs: each rank cares for its own, see ``log_tail``.
+    """
 
     def __init__(self, folder: Path, store: Store) -> None:
         """``folder`` is the run's own, which holds the record."""
@@ -25,9 +28,9 @@ class RecordCopy:
             return
         root = self._folder / layout.RECORD
         for file in sorted(root.rglob("*")):
-            if not file.is_file() or file.name.endswith(".partial"):
-                continue
             key = f"{layout.RECORD}/{file.relative_to(root).as_posix()}"
+            if not file.is_file() or file.name.endswith(".partial") or _is_log(key):
+                continue
             status = file.stat()
             if self._sent.get(key) != (status.st_size, status.st_mtime_ns):
                 self._store.put(file, key)
@@ -42,7 +45,12 @@ class RecordCopy:
         if self._in_place() or (self._folder / layout.METRICS).is_file():
             return
         for key in self._store.find(layout.RECORD):
-            self._store.get(key, self._folder / key)
+            if not _is_log(key):
+                self._store.get(key, self._folder / key)
 
     def _in_place(self) -> bool:
         return Path(self._store.uri) == self._folder.absolute()
+
+
+def _is_log(key: str) -> bool:
+    return key.startswith(f"{layout.LOGS}/")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import (
+    Fenced,
     ModelUnavailable,
     Preempted,
     TempFlowError,
@@ -62,6 +63,8 @@ class Session:
     run_id: str = ""
     """Which run's progress it is, for whoever asks at this address."""
     tracking: Tracking = field(default_factory=Tracking)
+    on_save: Callable[[], None] = lambda: None
+    """Called on every rank as a save begins."""
     epochs_done: int = 0
     committed: int | None = None
     committed_uri: str | None = None
@@ -124,10 +127,13 @@ class Session:
         except Preempted:
             told = self._commit_in_time()
             raise Preempted(told) from None
+        except Fenced:
+            raise
         except Exception:
-            # What ended the run does not concern a checkpoint that is on its way.
-            with suppress(TempFlowError):
+            with suppress(TempFlowError):  # it does not concern a checkpoint that is on its way
                 self.saver.settle(WAIT_SECONDS)
+                if self.run.ranks.is_first:
+                    self.copy.send()
             raise
         self._complete()
         self._finish()
@@ -279,17 +285,15 @@ class Session:
         self.last_evaluation = line
         self.record.append(layout.EVALUATIONS, line)
         self.tracking.evaluation(line)
-        log.info(
-            "evaluation after %d epochs: reward %.4f",
-            self.epochs_done,
-            float(found.total.nanmean()),
-        )
+        mean = float(found.total.nanmean())
+        log.info("evaluation after %d epochs: reward %.4f", self.epochs_done, mean)
         return alarms
 
     def _save(self) -> None:
         """Begin to save on rank 0; all ranks learn of a failure that ends the run."""
         with self.run.clock("checkpoint"):
             start = time.perf_counter()
+            self.on_save()
             if self.run.ranks.agreed(self.saver.ready):
                 state = self._state()  # all ranks take part where weights are in parts
                 if self.run.ranks.is_first:
@@ -307,7 +311,7 @@ class Session:
             self.committed = save.step
             self.committed_uri = f"{self.checkpoints.store.uri}/{save.folder}"
             # At once: whoever ends this process now still learns which checkpoint is the newest.
-            self._publish()
+            self._on_phase("checkpoint")
         self.record.append(
             layout.SAVES,
             SaveLine(
@@ -464,19 +468,13 @@ class Session:
 
     def _on_phase(self, phase: str) -> None:
         if self.run.ranks.is_first:
-            progress = self._progress(phase)
-            self.record.progress(progress)
+            self.record.progress(progress := self._progress(phase))
             self.announce(progress)
-
-    def _publish(self) -> None:
-        """Write the record of the last commit once more, for readers that come later."""
-        self._on_phase("checkpoint")
 
     def _progress(self, phase: str) -> Progress:
         epochs = self.spec.algorithm.epochs
         last = self.last
         epoch_seconds = last.images / last.images_per_second if last else None
-        left = epochs - self.epochs_done
         return Progress.model_validate(
             {
                 "epoch": self.epochs_done,
@@ -488,7 +486,9 @@ class Session:
                 "imagesPerSecond": last.images_per_second if last else None,
                 "alarms": [alarm[:1024] for alarm in self.alarms[:16]],
                 "rollbacks": self.rollbacks,
-                "etaSeconds": epoch_seconds * left if epoch_seconds else None,
+                "etaSeconds": epoch_seconds * (epochs - self.epochs_done)
+                if epoch_seconds
+                else None,
                 "checkpointEpoch": self.committed,
                 "checkpointUri": self.committed_uri,
                 "time": now(),

@@ -11,11 +11,15 @@ from tempflow import checkpoints
 from tempflow.checkpoints import Step, Store
 from tempflow.refused import Refused
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.record import Evaluation, Metrics, Summary
+from tempflow_api.record import Evaluation, Metrics, Save, SelfTest, Summary
 from tempflow_api.v1alpha1 import JobSpec
 
 _Line = TypeVar("_Line", bound=BaseModel)
 GRIDS_SHOWN = 12
+MOST_ENTRIES = 500
+"""Of the ledger, the newest: each is a request."""
+MOST_LOGS = 64
+"""Ranks whose last lines are shown."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,14 @@ class Grid:
 
     epoch: int
     png: bytes
+
+
+@dataclass(frozen=True)
+class Log:
+    """The last lines of a rank."""
+
+    name: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,21 @@ class RunRecord:
     steps: list[Step]
     grids: list[Grid] = field(default_factory=list)
     grids_left_out: int = 0
+    saves: list[Save] = field(default_factory=list)
+    self_test: SelfTest | None = None
+    claims: list[layout.Entry] = field(default_factory=list)
+    """The starts of the run, oldest first."""
+    logs: list[Log] = field(default_factory=list)
 
 
-def gather(uri: str, endpoint_url: str | None = None) -> RunRecord:
+def gather(uri: str, endpoint_url: str | None = None, profile: str | None = None) -> RunRecord:
     """Read the record of the run at ``uri``.
 
     Raises:
         Refused: nothing that looks like a run is there.
         StoreUnavailable: the store cannot be read.
     """
-    store = checkpoints.open_store(uri, endpoint_url)
+    store = checkpoints.open_store(uri, endpoint_url, profile=profile)
     metrics = _lines(Metrics, checkpoints.read(store, layout.METRICS))
     evaluations = _lines(Evaluation, checkpoints.read(store, layout.EVALUATIONS))
     if not metrics and not evaluations:
@@ -70,7 +87,30 @@ def gather(uri: str, endpoint_url: str | None = None) -> RunRecord:
         steps=checkpoints.steps(store),
         grids=[grid for one in shown if (grid := _grid(store, one))],
         grids_left_out=len(pictured) - len(shown),
+        saves=_lines(Save, checkpoints.read(store, layout.SAVES)),
+        self_test=_whole(SelfTest, checkpoints.read(store, layout.SELF_TEST)),
+        claims=_claims(store),
+        logs=_logs(store),
     )
+
+
+def _claims(store: Store) -> list[layout.Entry]:
+    names = sorted(n for n in checkpoints.names(store, layout.LEDGER) if layout.newest_entry([n]))
+    found = [
+        _whole(layout.Entry, checkpoints.read(store, f"{layout.LEDGER}/{name}"))
+        for name in names[-MOST_ENTRIES:]
+    ]
+    return [entry for entry in found if entry and entry.action == "claim"]
+
+
+def _logs(store: Store) -> list[Log]:
+    names = sorted(n for n in checkpoints.names(store, layout.LOGS) if n.endswith(".log"))
+    texts = [(name, checkpoints.read(store, f"{layout.LOGS}/{name}")) for name in names[:MOST_LOGS]]
+    return [
+        Log(name.removesuffix(".log"), text.decode("utf-8", "replace"))
+        for name, text in texts
+        if text
+    ]
 
 
 def selection(items: Sequence[_Line], most: int) -> list[_Line]:

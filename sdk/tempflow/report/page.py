@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tempflow.report import faults
 from tempflow.report.charts import Line, chart
 from tempflow.report.gather import RunRecord
 from tempflow.wording import duration, number, size
@@ -61,6 +62,13 @@ def page(record: RunRecord) -> str:
             for step in reversed(record.steps)
         ],
         configuration=_configuration(record),
+        starts=faults.starts(record),
+        alarms=faults.alarms(record),
+        missing=faults.missing_scores(record),
+        left_out=faults.groups_left_out(record),
+        cost=faults.cost_of_saves(record.saves),
+        failed=faults.failed_saves(record.saves),
+        self_test=faults.self_test(record),
     )
 
 
@@ -103,11 +111,22 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         tiles.append(
             ("peak memory", size(record.summary.peak_memory_bytes), "of the first process")
         )
-    attempts = {step.attempt for step in record.steps}
-    if len(attempts) > 1:
+    return tiles + _trouble(record)
+
+
+def _trouble(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Tiles that a run without any does not have."""
+    tiles = []
+    if len(record.claims) > 1:
         tiles.append(
-            ("attempts", str(max(attempts)), "whose checkpoints are kept: the run was restarted")
+            ("starts", str(len(record.claims)), "the run was interrupted and went on each time")
         )
+    said, back = len(faults.alarms(record)), faults.rollbacks(record)
+    if said or back:
+        tiles.append(("alarms", str(said), f"of the guard; went back {back} times"))
+    failed = len(faults.failed_saves(record.saves))
+    if failed:
+        tiles.append(("failed saves", str(failed), f"of {len(record.saves)}"))
     return tiles
 
 

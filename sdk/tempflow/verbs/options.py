@@ -12,8 +12,11 @@ from tempflow_api.errors import ExitCode, TempFlowError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tempflow.checkpoints import Store
     from tempflow.cluster.client import Client
 
+Place = tuple[str | None, str | None, str | None]
+"""Kubeconfig, context and namespace."""
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -32,6 +35,11 @@ Form = Annotated[
 EndpointUrl = Annotated[
     str | None,
     typer.Option("--endpoint-url", metavar="URL", help="Address of a store other than Amazon's."),
+]
+
+Profile = Annotated[
+    str | None,
+    typer.Option("--profile", metavar="NAME", help="Of the AWS configuration; default its own."),
 ]
 
 
@@ -93,6 +101,14 @@ def store_of(
     with client(kubeconfig, context, namespace) as cluster:
         address, endpoint, _region = cluster.store_of(uri.removeprefix(JOB_PREFIX))
     return address, endpoint_url or endpoint
+
+
+def open_run(uri: str, endpoint_url: str | None, profile: str | None, cluster: Place) -> "Store":
+    """The stored run at an address, or of ``job/NAME``."""
+    from tempflow import checkpoints
+
+    uri, endpoint_url = store_of(uri, endpoint_url, *cluster)
+    return checkpoints.open_store(uri, endpoint_url, profile=profile)
 
 
 def seconds(text: str | None) -> float | None:

@@ -1,11 +1,19 @@
 """``tempflow pull``: a checkpoint, copied here."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from tempflow.verbs.options import Context, EndpointUrl, Kubeconfig, Namespace, console, store_of
+from tempflow.verbs.options import (
+    Context,
+    EndpointUrl,
+    Kubeconfig,
+    Namespace,
+    Profile,
+    console,
+    store_of,
+)
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -22,7 +30,12 @@ def pull(
     step: Annotated[
         int | None, typer.Option("--step", metavar="N", help="Epochs completed; default newest.")
     ] = None,
+    form: Annotated[
+        Literal["lora", "full", "state"],
+        typer.Option("--format", help="lora, full: only what diffusers loads; state: all of it."),
+    ] = "state",
     endpoint_url: EndpointUrl = None,
+    profile: Profile = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -30,18 +43,21 @@ def pull(
     """Copy a checkpoint here, every file checked by its SHA-256.
 
     job/NAME is a job on the cluster; its store is read from here, with credentials of this machine.
+    A transfer that broke off goes on where it was when the command is given again.
 
     \b
     Examples:
       tempflow pull s3://my-bucket/tempflow/digits
       tempflow pull job/digits
       tempflow pull runs/digits --step 20 --to digits-20
+      tempflow pull s3://my-bucket/tempflow/digits --format lora --profile research
     """
-    from tempflow import checkpoints, listing
+    from tempflow import checkpoints, listing, pulling
 
     uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    store, chosen = checkpoints.find(uri, step, endpoint_url)
-    target = to or checkpoints.default_target(store, chosen)
-    with listing.transfer(console(stderr=True), chosen.size) as advance:
-        checkpoints.pull(store, chosen, target, advance)
+    store, chosen = checkpoints.find(uri, step, endpoint_url, profile)
+    target = to or pulling.default_target(store, chosen)
+    size = sum(file.size for file in pulling.files_of(chosen, form))
+    with listing.transfer(console(stderr=True), size, "pulling") as advance:
+        pulling.pull(store, chosen, target, advance, form)
     typer.echo(f"pulled step {chosen.step} to {target}")

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from tempflow.verbs.options import Context, EndpointUrl, Kubeconfig, Namespace, store_of
+from tempflow.verbs.options import (
+    Context,
+    EndpointUrl,
+    Kubeconfig,
+    Namespace,
+    Profile,
+    store_of,
+)
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -21,6 +28,7 @@ def report(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
     endpoint_url: EndpointUrl = None,
+    profile: Profile = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -40,7 +48,7 @@ def report(
     from tempflow import report as reports
 
     uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    record = reports.gather(uri, endpoint_url)
+    record = reports.gather(uri, endpoint_url, profile)
     target = out or Path(f"{record.name}-report.html")
     new_file.write(target, reports.page(record), option="--out", overwrite=force)
     typer.echo(f"wrote {target}: open it in a browser")

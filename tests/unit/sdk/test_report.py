@@ -14,8 +14,17 @@ from tempflow.cli import app
 from tempflow.refused import Refused
 from tempflow.report.charts import Line, chart, ticks
 from tempflow.report.gather import GRIDS_SHOWN, selection
+from tempflow_api import checkpoint_layout as layout
+from tempflow_api.record import Metrics
 from tests.builders import make_job
-from tests.records import make_evaluation, make_metrics, make_summary
+from tests.records import (
+    TIME,
+    make_evaluation,
+    make_metrics,
+    make_save,
+    make_self_test,
+    make_summary,
+)
 
 PNG = b"\x89PNG not a real picture"
 
@@ -37,6 +46,37 @@ def a_run(folder: Path, *, epochs: int = 4, name: str = "demo", grid: str | None
     (run / "run.json").write_text(spec.model_dump_json(by_alias=True), encoding="utf-8")
     summary = make_summary(str(run)).model_dump_json(by_alias=True)
     (run / "record/summary.json").write_text(summary, encoding="utf-8")
+    return run
+
+
+def with_trouble(run: Path) -> Path:
+    """What a run tells of itself that was interrupted, alarmed, and lacked scores."""
+    text = (run / layout.METRICS).read_text(encoding="utf-8")
+    lines = [Metrics.model_validate_json(line) for line in text.splitlines()]
+    lines[2] = lines[2].model_copy(
+        update={
+            "alarms": ["reward fell <b>"],
+            "rollbacks": 1,
+            "missing_scores": {"judge": 7},
+            "groups_left_out": 2,
+        }
+    )
+    saves = [make_save(2), make_save(4, "cannot write: SlowDown")]
+    for path, told in ((layout.METRICS, lines), (layout.SAVES, saves)):
+        text = "".join(line.model_dump_json(by_alias=True) + "\n" for line in told)
+        (run / path).write_text(text, encoding="utf-8")
+    (run / layout.SELF_TEST).write_text(make_self_test().model_dump_json(by_alias=True))
+    (run / layout.LEDGER).mkdir()
+    for number, (action, attempt) in enumerate(
+        [("claim", 0), ("commit", 0), ("claim", 1)], start=1
+    ):
+        entry = {"number": number, "action": action, "attempt": attempt, "incarnation": 1}
+        entry |= {"nonce": "n", "time": TIME}
+        found = layout.Entry.model_validate(entry)
+        (run / layout.entry_key(number)).write_text(found.model_dump_json(by_alias=True))
+    (run / layout.LOGS).mkdir()
+    for rank in (0, 1):
+        (run / layout.log_key(rank)).write_text(f"=== attempt 1 ===\nrank {rank} <i>said</i>\n")
     return run
 
 
@@ -78,6 +118,30 @@ def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
     html = report.page(report.gather(str(run)))
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_what_went_wrong_is_told(tmp_path: Path) -> None:
+    html = report.page(report.gather(str(with_trouble(a_run(tmp_path)))))
+    for told in (
+        "<td>3</td><td>training</td><td>reward fell &lt;b&gt;</td>",
+        "went back 1 times",
+        "<td>judge</td><td>7 of 864</td><td>1</td>",
+        "2 groups of draws lack a required score",
+        f"<td>1</td><td>1</td><td>{TIME}</td><td>nothing: from the beginning</td>",
+        "1 saves stored, 1 failed; training waited 1 s in all. One takes 2 s beside it for 1.0 MiB",
+        "<td>4</td>",
+        "cannot write: SlowDown",
+        "<td>trained parameters</td><td>123,456</td>",
+        "<summary>rank-00001</summary><pre>=== attempt 1 ===\nrank 1 &lt;i&gt;said&lt;/i&gt;",
+    ):
+        assert told in html, told
+    assert html.count("from the beginning") == 2, "a row a claim, none a commit"
+
+
+def test_a_run_without_trouble_has_no_word_of_it(tmp_path: Path) -> None:
+    html = report.page(report.gather(str(a_run(tmp_path))))
+    for title in ("Alarms", "Missing scores", "Starts", "Self-test", "Last lines"):
+        assert f"<h2>{title}" not in html
 
 
 @pytest.mark.parametrize("path", ["../../secret.png", "/etc/hostname", "record/grids/../../x"])

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tempflow_api import checkpoint_layout as layout
+from tempflow_api.retention import Retention
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.main import evaluator_of, retention_of
+from tempflow_trainer.main import evaluator_of
 from tempflow_trainer.metrics import Record
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import FolderStore
 from tests.numerics.toys import prompts_of, run_of
@@ -59,7 +59,7 @@ def session_of(
             staging,
             attempt,
             world_size=1,
-            retention=retention_of(spec.checkpoint),
+            retention=Retention.of(spec.checkpoint),
         ),
         record=Record(folder),
         announce=announce,

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from tempflow import keeping
+from tempflow.checkpoints import open_store
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.checkpoint_layout import CheckpointManifest
 from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
+from tempflow_api.retention import Retention
 from tempflow_trainer import checkpoint
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.store import FolderStore, Store
 
 
@@ -125,6 +127,21 @@ def test_pinned_regular_and_best_ones_are_kept_too(store: Store, tmp_path: Path)
     later = of(store, tmp_path, attempt=2, best_metric="ink", best_count=2)
     later.save(state(10), export)
     assert steps(later) == [10, 9, 5, 3, 1]
+
+
+def test_a_run_goes_on_when_somebody_prunes_beneath_it(tmp_path: Path) -> None:
+    """Its next number is taken, by an entry in its own name: it continues from that."""
+    found = of(FolderStore(tmp_path / "run"), tmp_path, keep_last=9)
+    for epochs in (1, 2, 3, 4):
+        found.save(state(epochs), export)
+    stored = open_store(str(tmp_path / "run"))
+    keeping.prune(stored, keeping.plan(stored, Retention(2)))
+    assert steps(found) == [4, 3]
+    found.save(state(5), export)
+    assert steps(found) == [5, 4, 3]
+    later = of(FolderStore(tmp_path / "run"), tmp_path, attempt=2, keep_last=9)
+    assert later.parent is not None
+    assert steps(later) == [5, 4, 3]
 
 
 def test_manifests_tell_what_came_before(tmp_path: Path) -> None:

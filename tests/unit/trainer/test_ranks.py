@@ -14,6 +14,7 @@ from tempflow_api import naming
 from tempflow_api.errors import Preempted
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 from tempflow_trainer.launch import Rendezvous
+from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.main import train
 from tests.numerics.toys import ALONE, spec_of
 from tests.unit.trainer.sessions import epochs, final_state, rows
@@ -67,7 +68,7 @@ def in_this_process(
     """One attempt, asked to stop from the given question on."""
     monkeypatch.setenv(naming.ENV_WORK_DIR, str(work_of(folder)))
     asked = count()
-    train(job_of(changes), ALONE, lambda: next(asked) >= questions)
+    train(job_of(changes), ALONE, lambda: next(asked) >= questions, LogTail(0, 0))
 
 
 def in_processes(folder: Path, changes: dict[str, object], processes: int) -> None:

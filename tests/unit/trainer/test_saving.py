@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tempflow_api.errors import Fenced, StoreUnavailable, Uncommitted
+from tempflow_api.retention import Retention
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.retention import Retention
 from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.store import FolderStore
 

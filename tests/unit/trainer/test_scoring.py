@@ -166,4 +166,4 @@ def test_groups_are_drawn_in_parts_where_a_reward_is_served(
         "rewards": [{"name": "digit-ink", **service}],
         "compute.groupsPerRollout": asked,
     }
-    assert main._groups_per_rollout(spec_of(changes), world) == groups
+    assert main.groups_per_rollout(spec_of(changes), world) == groups

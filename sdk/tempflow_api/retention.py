@@ -1,9 +1,10 @@
-"""Which checkpoints are kept. Pure; ``checkpoint`` deletes what is not."""
+"""Which checkpoints are kept. Pure: the trainer and ``tempflow checkpoints prune`` delete."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tempflow_api.checkpoint_layout import Folder
+from tempflow_api.storage import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,17 @@ class Retention:
     best_metric: str = "reward"
     best_count: int = 0
     """So many of those evaluated, by highest mean."""
+
+    @classmethod
+    def of(cls, settings: Checkpoint) -> "Retention":
+        """What ``spec.checkpoint`` asks for."""
+        best = settings.keep_best
+        return cls(
+            settings.keep_last,
+            settings.keep_every,
+            best_metric=best.metric if best else "reward",
+            best_count=best.count if best else 0,
+        )
 
     def kept(
         self,
