@@ -30,8 +30,15 @@ OUTAGE_SECONDS = 60
 API_OUTAGE_SECONDS = 5
 GRACE_SECONDS = 15
 MEMORY = "1Gi"  # /dev/shm is granted beside it: 3 GiB are the limit
-# Takes memory in the trainer's container until the kernel ends somebody.
-_HOG = "import time; held = [b'1' * (64 << 20) for _ in range(64)]; time.sleep(60)"
+# Takes the container's memory, in small processes: the kernel ends the largest first.
+_HOG = """
+import os, time
+for _ in range(48):
+    if os.fork() == 0:
+        break
+held = b"1" * (64 << 20)
+time.sleep(60)
+"""
 
 
 class Queue:
