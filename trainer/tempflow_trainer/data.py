@@ -149,7 +149,8 @@ def _parse_json(source: str, number: int, line: str) -> tuple[str, Mapping[str, 
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise _invalid(source, f"not JSON: {error.msg} at column {error.colno}", number) from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+    text = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
         raise _invalid(source, 'expected an object with a text "prompt"', number)
     return record.pop("prompt"), record
 

@@ -144,5 +144,5 @@ class Saver:
             return
         try:
             self._after()
-        except StoreUnavailable as error:
+        except (StoreUnavailable, OSError) as error:  # also a file that a tracker has taken away
             log.warning("the checkpoint is complete, but its record is not: %s", error)

@@ -128,6 +128,7 @@ def test_a_rare_separator_inside_a_prompt_does_not_cut_it(tmp_path: Path, mark: 
         ('{"prompt": "a"', "not JSON: .* at column 15"),
         ('{"text": "a"}', 'expected an object with a text "prompt"'),
         ('{"prompt": 3}', 'expected an object with a text "prompt"'),
+        ('{"prompt": " "}', 'expected an object with a text "prompt"'),
         ('["a"]', 'expected an object with a text "prompt"'),
     ],
 )
