@@ -124,7 +124,7 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     html = report.page(report.gather(str(with_trouble(a_run(tmp_path)))))
     for told in (
         "<td>3</td><td>training</td><td>reward fell &lt;b&gt;</td>",
-        "went back 1 times",
+        "of the guard; rollbacks: 1",
         "<td>judge</td><td>7 of 864</td><td>1</td>",
         "2 groups of draws lack a required score",
         f"<td>1</td><td>1</td><td>{TIME}</td><td>nothing: from the beginning</td>",
