@@ -25,7 +25,7 @@ from tests.faults.s3_proxy import Fault, Proxy, Seen
 pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 150
+PATIENCE_SECONDS = 300
 NAME = "stored"
 
 
