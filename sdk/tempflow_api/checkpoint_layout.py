@@ -189,14 +189,14 @@ def pin_key(folder: str) -> str:
     return f"{PINS}/{folder}.json"
 
 
-def log_key(rank: int) -> str:
-    """Where the last lines of a rank's log lie."""
-    return f"{LOGS}/rank-{rank:05d}.log"
+def log_key(attempt: int, rank: int) -> str:
+    """Where the last lines of a rank's log lie: an older attempt cannot overwrite a newer one's."""
+    return f"{LOGS}/attempt-{attempt:06d}-rank-{rank:05d}.log"
 
 
-def log_heading(attempt: int, time: str) -> str:
-    """The line above what one start of the run has logged."""
-    return f"=== attempt {attempt}, started {time} ==="
+def log_heading(time: str) -> str:
+    """The line above what one start of the attempt has logged."""
+    return f"=== started {time} ==="
 
 
 def newest_entry(names: Iterable[str]) -> int | None:

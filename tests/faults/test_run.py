@@ -27,7 +27,7 @@ pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "tempflow", "run"]
 EPOCHS = 6
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 
 
 @pytest.fixture

@@ -293,8 +293,8 @@ class Session:
         """Begin to save on rank 0; all ranks learn of a failure that ends the run."""
         with self.run.clock("checkpoint"):
             start = time.perf_counter()
-            self.on_save()
             if self.run.ranks.agreed(self.saver.ready):
+                self.on_save()  # not before: a start that was taken over stops there
                 state = self._state()  # all ranks take part where weights are in parts
                 if self.run.ranks.is_first:
                     line = self.last_evaluation

@@ -19,7 +19,7 @@ GRIDS_SHOWN = 12
 MOST_ENTRIES = 500
 """Of the ledger, the newest: each is a request."""
 MOST_LOGS = 64
-"""Ranks whose last lines are shown."""
+"""Files with the last lines of a rank that are shown, those of the newest attempts."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def _claims(store: Store) -> list[layout.Entry]:
 
 def _logs(store: Store) -> list[Log]:
     names = sorted(n for n in checkpoints.names(store, layout.LOGS) if n.endswith(".log"))
-    texts = [(name, checkpoints.read(store, f"{layout.LOGS}/{name}")) for name in names[:MOST_LOGS]]
+    texts = [
+        (name, checkpoints.read(store, f"{layout.LOGS}/{name}")) for name in names[-MOST_LOGS:]
+    ]
     return [
         Log(name.removesuffix(".log"), text.decode("utf-8", "replace"))
         for name, text in texts

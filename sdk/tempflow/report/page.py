@@ -123,7 +123,7 @@ def _trouble(record: RunRecord) -> list[tuple[str, str, str]]:
         )
     said, back = len(faults.alarms(record)), faults.rollbacks(record)
     if said or back:
-        tiles.append(("alarms", str(said), f"of the guard; went back {back} times"))
+        tiles.append(("alarms", str(said), f"of the guard; rollbacks: {back}"))
     failed = len(faults.failed_saves(record.saves))
     if failed:
         tiles.append(("failed saves", str(failed), f"of {len(record.saves)}"))

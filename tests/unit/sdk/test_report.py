@@ -76,7 +76,7 @@ def with_trouble(run: Path) -> Path:
         (run / layout.entry_key(number)).write_text(found.model_dump_json(by_alias=True))
     (run / layout.LOGS).mkdir()
     for rank in (0, 1):
-        (run / layout.log_key(rank)).write_text(f"=== attempt 1 ===\nrank {rank} <i>said</i>\n")
+        (run / layout.log_key(1, rank)).write_text(f"=== started ===\nrank {rank} <i>said</i>\n")
     return run
 
 
@@ -124,7 +124,7 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     html = report.page(report.gather(str(with_trouble(a_run(tmp_path)))))
     for told in (
         "<td>3</td><td>training</td><td>reward fell &lt;b&gt;</td>",
-        "went back 1 times",
+        "of the guard; rollbacks: 1",
         "<td>judge</td><td>7 of 864</td><td>1</td>",
         "2 groups of draws lack a required score",
         f"<td>1</td><td>1</td><td>{TIME}</td><td>nothing: from the beginning</td>",
@@ -132,7 +132,7 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
         "<td>4</td>",
         "cannot write: SlowDown",
         "<td>trained parameters</td><td>123,456</td>",
-        "<summary>rank-00001</summary><pre>=== attempt 1 ===\nrank 1 &lt;i&gt;said&lt;/i&gt;",
+        "<summary>attempt-000001-rank-00001</summary><pre>=== started ===\nrank 1 &lt;i&gt;said",
     ):
         assert told in html, told
     assert html.count("from the beginning") == 2, "a row a claim, none a commit"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tempflow_api import naming
 from tempflow_trainer import distributed
+from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.main import read_job, train
 
 
@@ -21,7 +22,7 @@ def main() -> None:
         told = logging.FileHandler(Path(work) / f"rank-{ranks.rank}.log")
         logging.basicConfig(level=logging.INFO, handlers=[told], force=True)
         os.environ[naming.ENV_WORK_DIR] = work
-        train(read_job(Path(job)), ranks, lambda: False)
+        train(read_job(Path(job)), ranks, lambda: False, LogTail(ranks.rank, 0))
     distributed.leave()
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import StoreUnavailable
-from tempflow_trainer.log_tail import LINES, MOST_CHARACTERS, LogTail
+from tempflow_trainer.log_tail import ATTEMPTS, LINES, MOST_CHARACTERS, LogTail
 from tempflow_trainer.record_copy import RecordCopy
 from tempflow_trainer.store import FolderStore
 
 
-def lines(folder: Path, rank: int = 0) -> list[str]:
-    return (folder / layout.log_key(rank)).read_text(encoding="utf-8").splitlines()
+def lines(folder: Path, rank: int = 0, attempt: int = 0) -> list[str]:
+    return (folder / layout.log_key(attempt, rank)).read_text(encoding="utf-8").splitlines()
 
 
 def said(tail: LogTail, *messages: str) -> None:
@@ -39,24 +39,37 @@ def test_the_last_lines_are_kept_and_long_ones_are_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store", ["run-1", "store"], ids=["in place", "elsewhere"])
-def test_a_later_attempt_goes_on_below_a_heading_of_its_own(tmp_path: Path, store: str) -> None:
+def test_a_later_start_goes_on_below_a_heading_of_its_own(tmp_path: Path, store: str) -> None:
     """Elsewhere, it starts on a machine without files."""
     machines = ["run-1", "run-1"] if store == "run-1" else ["run-1", "run-2"]
-    for attempt, machine in enumerate(machines):
-        tail = LogTail(0, attempt)
-        said(tail, f"before the store is known, {attempt}")
+    for start, machine in enumerate(machines):
+        tail = LogTail(0, 0)
+        said(tail, f"before the store is known, {start}")
         tail.connect(tmp_path / machine, FolderStore(tmp_path / store))
-        said(tail, f"after, {attempt}")
+        said(tail, f"after, {start}")
         tail.send()
     found = lines(tmp_path / store)
-    assert [line.partition(", started")[0] for line in found] == [
-        "=== attempt 0",
+    assert [line.partition(" 20")[0] for line in found] == [
+        "=== started",
         "before the store is known, 0",
         "after, 0",
-        "=== attempt 1",
+        "=== started",
         "before the store is known, 1",
         "after, 1",
     ]
+
+
+def test_attempts_do_not_touch_newer_ones_and_old_ones_are_forgotten(tmp_path: Path) -> None:
+    tails = [LogTail(rank, attempt) for attempt in range(ATTEMPTS + 2) for rank in (0, 1)]
+    tails.append(LogTail(0, 3))  # taken over long ago, and woken
+    for tail in tails:
+        said(tail, "here")
+        tail.connect(tmp_path / "run", FolderStore(tmp_path / "store"))
+        tail.send()
+    assert sorted(FolderStore(tmp_path / "store").find(layout.LOGS)) == [
+        layout.log_key(attempt, rank) for attempt in range(2, ATTEMPTS + 2) for rank in (0, 1)
+    ]
+    assert lines(tmp_path / "store", attempt=ATTEMPTS + 1)[1:] == ["here"]
 
 
 def test_the_copy_of_the_record_leaves_logs_to_their_ranks(tmp_path: Path) -> None:
@@ -66,9 +79,9 @@ def test_the_copy_of_the_record_leaves_logs_to_their_ranks(tmp_path: Path) -> No
     tail.connect(tmp_path / "other", store)
     tail.send()
     (run / layout.LOGS).mkdir(parents=True)
-    (run / layout.log_key(1)).write_text("stale")
+    (run / layout.log_key(0, 1)).write_text("stale")
     RecordCopy(run, store).send()
-    assert lines(tmp_path / "store", 1)[0].startswith("=== attempt 0")
+    assert lines(tmp_path / "store", 1)[0].startswith("=== started")
     RecordCopy(tmp_path / "new", store).fetch()
     assert not (tmp_path / "new" / layout.LOGS).exists()
 
@@ -85,7 +98,7 @@ def test_a_store_that_refuses_is_a_warning(
     tail.connect(tmp_path / "run", Refusing(tmp_path / "store"))
     tail.send()
     assert "the last lines of the log could not be stored: cannot write record/logs" in caplog.text
-    assert lines(tmp_path / "run")[0].startswith("=== attempt 0")
+    assert lines(tmp_path / "run")[0].startswith("=== started")
 
 
 def test_nothing_is_written_before_there_is_a_place(tmp_path: Path) -> None:
@@ -104,4 +117,4 @@ def test_training_does_not_wait_for_it(tmp_path: Path) -> None:
     tail = LogTail(0, 0)
     tail.connect(tmp_path / "run", FolderStore(tmp_path / "store"))
     tail.send_beside()
-    until((tmp_path / "store" / layout.log_key(0)).is_file)
+    until((tmp_path / "store" / layout.log_key(0, 0)).is_file)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api import naming
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
+from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.main import train
 from tempflow_trainer.models.tuning import LORA_FILE
 from tests.numerics.toys import ALONE
@@ -57,7 +58,7 @@ def job(tuning: dict[str, object], strategy: str, processes: int) -> TempFlowGRP
 def alone(found: TempFlowGRPOJob, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(naming.ENV_WORK_DIR, str(folder))
-        train(found, ALONE, lambda: False)
+        train(found, ALONE, lambda: False, LogTail(0, 0))
 
 
 @dataclass(frozen=True)
