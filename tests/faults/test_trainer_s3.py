@@ -103,7 +103,7 @@ class Run:
             lines = bytes(store.files.cat_file(store.path(name))).decode().splitlines()
             rows = [yaml.safe_load(line) for line in lines]
             for row in rows:
-                for timed in ("time", "seconds", "imagesPerSecond"):
+                for timed in ("time", "seconds", "imagesPerSecond", "scoringHiddenSeconds"):
                     row.pop(timed, None)
             found[name] = digest(yaml.safe_dump(rows).encode())
         return found
