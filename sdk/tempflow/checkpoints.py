@@ -82,6 +82,16 @@ def open_store(
     return Store(LocalFileSystem(use_listings_cache=False), root, trimmed)
 
 
+def require_folder(store: Store) -> None:
+    """Refuse a local folder that does not exist; a prefix without objects is an empty run.
+
+    Raises:
+        Refused: most likely a slip in the path.
+    """
+    if not store.uri.startswith(_S3) and not Path(store.root).is_dir():
+        raise Refused(f"there is no folder {store.uri}: expects that of a run, such as runs/digits")
+
+
 def _s3(endpoint_url: str | None, region: str | None, profile: str | None) -> AbstractFileSystem:
     # Late: s3fs takes most of a second to load, and a local folder does not need it.
     from s3fs import S3FileSystem
@@ -259,7 +269,11 @@ def _is_local(store: Store) -> bool:
 
 
 def find(
-    uri: str, number: int | None, endpoint_url: str | None = None, profile: str | None = None
+    uri: str,
+    number: int | None,
+    endpoint_url: str | None = None,
+    region: str | None = None,
+    profile: str | None = None,
 ) -> tuple[Store, Step]:
     """A checkpoint of the run at ``uri``, or the very one whose folder ``uri`` is.
 
@@ -268,9 +282,9 @@ def find(
     trimmed = uri.rstrip("/")
     run, _, folder = trimmed.rpartition("/")
     if layout.parse_folder(folder) is None:
-        store = open_store(uri, endpoint_url, profile=profile)
+        store = open_store(uri, endpoint_url, region, profile)
         return store, choose(store, number)
-    store = open_store(run, endpoint_url, profile=profile)
+    store = open_store(run, endpoint_url, region, profile)
     named = [step for step in steps(store) if step.folder == folder]
     if not named:
         raise StoreUnavailable(f"no complete checkpoint at {trimmed}; its run may have newer ones")

@@ -286,6 +286,8 @@ def _put(source: Source, path: Path, value: object) -> bool:
             parent = spell(path[:depth])
             length = len(holder) if isinstance(holder, list) else None
             reason = "is no block of fields" if length is None else f"has the length {length}"
+            if length is not None and isinstance(part, str):
+                reason = f"is a list: write {parent}[0] for its first entry"
             source.complain(path[: depth + 1], f"cannot be set: {parent} {reason} (from --set)")
             return False
     return True

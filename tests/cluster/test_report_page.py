@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from tempflow import report
+from tempflow.checkpoints import open_store
 from tests.cluster.build import BROWSER
 from tests.unit.sdk.test_report import a_run, with_trouble
 
@@ -32,7 +33,7 @@ def page_file(tmp_path: Path) -> Path:
     run = a_run(tmp_path, name="a-run-with-a-name-of-forty-five-characters-45", epochs=150)
     with_trouble(run)
     target = tmp_path / "report.html"
-    target.write_text(report.page(report.gather(str(run))), encoding="utf-8")
+    target.write_text(report.page(report.gather(open_store(str(run)))), encoding="utf-8")
     return target
 
 

@@ -237,11 +237,12 @@ class Follower:
                 self._put(new)
                 if self._stop.is_set():
                     return
-        except Exception as error:
-            if self._on_trouble is not None and isinstance(error, ClusterError):
+        except ClusterError as error:
+            if self._on_trouble is None:
+                self._put(error)
+            else:
                 self._on_trouble(str(error))
-                return
-            # In the caller's thread it is raised; here nobody would see it.
+        except Exception as error:  # the edge of a thread: it is raised in the caller's
             self._put(error)
 
     def _put(self, item: tuple[Moment, LogLine] | Exception) -> None:

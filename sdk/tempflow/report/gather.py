@@ -60,14 +60,13 @@ class RunRecord:
     logs: list[Log] = field(default_factory=list)
 
 
-def gather(uri: str, endpoint_url: str | None = None, profile: str | None = None) -> RunRecord:
-    """Read the record of the run at ``uri``.
+def gather(store: Store) -> RunRecord:
+    """Read the record of a run.
 
     Raises:
         Refused: nothing that looks like a run is there.
         StoreUnavailable: the store cannot be read.
     """
-    store = checkpoints.open_store(uri, endpoint_url, profile=profile)
     metrics = _lines(Metrics, checkpoints.read(store, layout.METRICS))
     evaluations = _lines(Evaluation, checkpoints.read(store, layout.EVALUATIONS))
     if not metrics and not evaluations:

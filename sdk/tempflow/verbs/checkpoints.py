@@ -13,8 +13,8 @@ from tempflow.verbs.options import (
     Profile,
     TextOrJson,
     console,
+    open_checkpoint,
     open_run,
-    store_of,
 )
 from tempflow.verbs.pull import pull
 
@@ -55,6 +55,7 @@ def list_checkpoints(
     from tempflow import checkpoints, listing
 
     store = open_run(uri, endpoint_url, profile, (kubeconfig, context, namespace))
+    checkpoints.require_folder(store)
     found, pinned = checkpoints.steps(store), checkpoints.pinned(store)
     for line in listing.checkpoints_as(output, found, store.uri, pinned):
         typer.echo(line)
@@ -81,8 +82,8 @@ def show(
     """
     from tempflow import checkpoints, listing
 
-    uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    store, chosen = checkpoints.find(uri, step, endpoint_url, profile)
+    cluster = (kubeconfig, context, namespace)
+    store, chosen = open_checkpoint(uri, step, endpoint_url, profile, cluster)
     pinned = checkpoints.pinned(store)
     for line in listing.checkpoint_as(output, chosen, store.uri, pinned):
         typer.echo(line)
@@ -114,8 +115,8 @@ def verify(
     from tempflow_api import checkpoint_layout as layout
     from tempflow_api.errors import CheckpointCorrupt
 
-    uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    store, newest = checkpoints.find(uri, step, endpoint_url, profile)
+    cluster = (kubeconfig, context, namespace)
+    store, newest = open_checkpoint(uri, step, endpoint_url, profile, cluster)
     named = layout.parse_folder(uri.rstrip("/").rpartition("/")[2]) is not None
     found = [newest] if named or step is not None else checkpoints.steps(store)
     total = sum(one.size for one in found)
@@ -149,10 +150,10 @@ def pin_checkpoint(
       tempflow checkpoints pin runs/digits --step 20
       tempflow checkpoints pin job/digits --step 20 --reason "figure 3"
     """
-    from tempflow import checkpoints, keeping
+    from tempflow import keeping
 
-    uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    store, chosen = checkpoints.find(uri, step, endpoint_url, profile)
+    cluster = (kubeconfig, context, namespace)
+    store, chosen = open_checkpoint(uri, step, endpoint_url, profile, cluster)
     made = keeping.pin(store, chosen, reason)
     typer.echo(f"{chosen.folder} {'is pinned' if made else 'was pinned already'}")
 
@@ -173,10 +174,10 @@ def unpin(
     Examples:
       tempflow checkpoints unpin runs/digits --step 20
     """
-    from tempflow import checkpoints, keeping
+    from tempflow import keeping
 
-    uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    store, chosen = checkpoints.find(uri, step, endpoint_url, profile)
+    cluster = (kubeconfig, context, namespace)
+    store, chosen = open_checkpoint(uri, step, endpoint_url, profile, cluster)
     was = keeping.unpin(store, chosen)
     typer.echo(f"{chosen.folder} {'is pinned no more' if was else 'was not pinned'}")
 

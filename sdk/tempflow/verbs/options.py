@@ -12,7 +12,7 @@ from tempflow_api.errors import ExitCode, TempFlowError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tempflow.checkpoints import Store
+    from tempflow.checkpoints import Step, Store
     from tempflow.cluster.client import Client
 
 Place = tuple[str | None, str | None, str | None]
@@ -88,27 +88,32 @@ def client(kubeconfig: str | None, context: str | None, namespace: str | None) -
     return Client(kubeconfig=kubeconfig, context=context, namespace=namespace)
 
 
-def store_of(
-    uri: str,
-    endpoint_url: str | None,
-    kubeconfig: str | None,
-    context: str | None,
-    namespace: str | None,
-) -> tuple[str, str | None]:
-    """Address and endpoint of a run; of a job on a cluster, if that is what ``job/NAME`` names."""
-    if not uri.startswith(JOB_PREFIX):
-        return uri, endpoint_url
-    with client(kubeconfig, context, namespace) as cluster:
-        address, endpoint, _region = cluster.store_of(uri.removeprefix(JOB_PREFIX))
-    return address, endpoint_url or endpoint
-
-
 def open_run(uri: str, endpoint_url: str | None, profile: str | None, cluster: Place) -> "Store":
     """The stored run at an address, or of ``job/NAME``."""
     from tempflow import checkpoints
 
-    uri, endpoint_url = store_of(uri, endpoint_url, *cluster)
-    return checkpoints.open_store(uri, endpoint_url, profile=profile)
+    return checkpoints.open_store(*_stored_at(uri, endpoint_url, cluster), profile)
+
+
+def open_checkpoint(
+    uri: str, step: int | None, endpoint_url: str | None, profile: str | None, cluster: Place
+) -> "tuple[Store, Step]":
+    """A checkpoint of the run at an address, the one whose folder that is, or of ``job/NAME``."""
+    from tempflow import checkpoints
+
+    address, endpoint, region = _stored_at(uri, endpoint_url, cluster)
+    return checkpoints.find(address, step, endpoint, region, profile)
+
+
+def _stored_at(
+    uri: str, endpoint_url: str | None, cluster: Place
+) -> tuple[str, str | None, str | None]:
+    """Address, endpoint and region; ``job/NAME`` is asked of the cluster."""
+    if not uri.startswith(JOB_PREFIX):
+        return uri, endpoint_url, None
+    with client(*cluster) as asked:
+        address, endpoint, region = asked.store_of(uri.removeprefix(JOB_PREFIX))
+    return address, endpoint_url or endpoint, region
 
 
 def seconds(text: str | None) -> float | None:

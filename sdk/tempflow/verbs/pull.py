@@ -12,7 +12,7 @@ from tempflow.verbs.options import (
     Namespace,
     Profile,
     console,
-    store_of,
+    open_checkpoint,
 )
 
 app = typer.Typer(rich_markup_mode=None)
@@ -52,10 +52,10 @@ def pull(
       tempflow pull runs/digits --step 20 --to digits-20
       tempflow pull s3://my-bucket/tempflow/digits --format lora --profile research
     """
-    from tempflow import checkpoints, listing, pulling
+    from tempflow import listing, pulling
 
-    uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    store, chosen = checkpoints.find(uri, step, endpoint_url, profile)
+    cluster = (kubeconfig, context, namespace)
+    store, chosen = open_checkpoint(uri, step, endpoint_url, profile, cluster)
     target = to or pulling.default_target(store, chosen)
     size = sum(file.size for file in pulling.files_of(chosen, form))
     with listing.transfer(console(stderr=True), size, "pulling") as advance:

@@ -11,7 +11,7 @@ from tempflow.verbs.options import (
     Kubeconfig,
     Namespace,
     Profile,
-    store_of,
+    open_run,
 )
 
 app = typer.Typer(rich_markup_mode=None)
@@ -47,8 +47,8 @@ def report(
     from tempflow import new_file
     from tempflow import report as reports
 
-    uri, endpoint_url = store_of(uri, endpoint_url, kubeconfig, context, namespace)
-    record = reports.gather(uri, endpoint_url, profile)
+    store = open_run(uri, endpoint_url, profile, (kubeconfig, context, namespace))
+    record = reports.gather(store)
     target = out or Path(f"{record.name}-report.html")
     new_file.write(target, reports.page(record), option="--out", overwrite=force)
     typer.echo(f"wrote {target}: open it in a browser")

@@ -390,6 +390,11 @@ class TestCheckpoints:
         assert [entry["step"] for entry in listed] == [10, 20, 20]
         assert shell("checkpoints", "list", "runs").stdout == "no complete checkpoint at runs\n"
 
+    def test_a_folder_that_is_not_there(self, shell: Shell) -> None:
+        done = shell("checkpoints", "list", "runs/dmeo")
+        told = "error: there is no folder runs/dmeo: expects that of a run, such as runs/digits\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+
     def test_pull(self, shell: Shell) -> None:
         done = shell("pull", "runs/demo", "--step", "10", "--to", "mine")
         assert (done.returncode, done.stdout) == (0, "pulled step 10 to mine\n")

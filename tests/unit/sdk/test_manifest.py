@@ -202,6 +202,13 @@ class TestOverrides:
                 "spec.rewards[7]: cannot be set: spec.rewards has the length 2 (from --set)",
             ),
             (
+                "spec.rewards.0.weight=1",
+                (
+                    "spec.rewards['0']: cannot be set: spec.rewards is a list: write "
+                    "spec.rewards[0] for its first entry (from --set)"
+                ),
+            ),
+            (
                 "spec.data.prompts=[a",
                 (
                     "spec.data.prompts: is not valid YAML: expected ',' or ']', but got "

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tempflow import report
+from tempflow.checkpoints import open_store
 from tempflow.cli import app
 from tempflow.refused import Refused
 from tempflow.report.charts import Line, chart, ticks
@@ -95,7 +96,7 @@ class References(HTMLParser):
 
 
 def test_page_holds_curves_pictures_and_configuration_and_fetches_nothing(tmp_path: Path) -> None:
-    html = report.page(report.gather(str(a_run(tmp_path))))
+    html = report.page(report.gather(open_store(str(a_run(tmp_path)))))
     references = References(html)
     assert references.tags.count("img") == 5
     assert all(reference.startswith("data:image/png;base64,") for reference in references.found)
@@ -107,7 +108,7 @@ def test_page_holds_curves_pictures_and_configuration_and_fetches_nothing(tmp_pa
 
 
 def test_every_epoch_is_a_point_of_the_reward_curve(tmp_path: Path) -> None:
-    html = report.page(report.gather(str(a_run(tmp_path, epochs=7))))
+    html = report.page(report.gather(open_store(str(a_run(tmp_path, epochs=7)))))
     for epoch in range(1, 8):
         assert f"<title>while training, epoch {epoch}: " in html
     assert "0 in every epoch: kl" in html
@@ -115,13 +116,13 @@ def test_every_epoch_is_a_point_of_the_reward_curve(tmp_path: Path) -> None:
 
 def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
     run = a_run(tmp_path, name="a<script>alert(1)<")
-    html = report.page(report.gather(str(run)))
+    html = report.page(report.gather(open_store(str(run))))
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
 
 
 def test_what_went_wrong_is_told(tmp_path: Path) -> None:
-    html = report.page(report.gather(str(with_trouble(a_run(tmp_path)))))
+    html = report.page(report.gather(open_store(str(with_trouble(a_run(tmp_path))))))
     for told in (
         "<td>3</td><td>training</td><td>reward fell &lt;b&gt;</td>",
         "of the guard; rollbacks: 1",
@@ -139,14 +140,14 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_without_trouble_has_no_word_of_it(tmp_path: Path) -> None:
-    html = report.page(report.gather(str(a_run(tmp_path))))
+    html = report.page(report.gather(open_store(str(a_run(tmp_path)))))
     for title in ("Alarms", "Missing scores", "Starts", "Self-test", "Last lines"):
         assert f"<h2>{title}" not in html
 
 
 @pytest.mark.parametrize("path", ["../../secret.png", "/etc/hostname", "record/grids/../../x"])
 def test_a_grid_outside_the_run_is_not_read(tmp_path: Path, path: str) -> None:
-    assert report.gather(str(a_run(tmp_path, grid=path))).grids == []
+    assert report.gather(open_store(str(a_run(tmp_path, grid=path)))).grids == []
 
 
 def test_a_run_under_way_and_a_half_written_line(tmp_path: Path) -> None:
@@ -154,14 +155,14 @@ def test_a_run_under_way_and_a_half_written_line(tmp_path: Path) -> None:
     (run / "record/summary.json").unlink()
     with (run / "record/metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"epoch": 5, "rew')
-    record = report.gather(str(run))
+    record = report.gather(open_store(str(run)))
     assert len(record.metrics) == 4
     assert "peak memory" not in report.page(record)
 
 
 def test_no_run_there_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"no record of a run at .*record/metrics.jsonl"):
-        report.gather(str(tmp_path))
+        report.gather(open_store(str(tmp_path)))
 
 
 def test_verb_refuses_to_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
