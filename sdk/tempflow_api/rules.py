@@ -95,6 +95,16 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        "spec.model.revision",
+        "!has(self.model.revision) || "
+        "['builtin:', 's3://', 'file://', '/', '.'].all(p, !self.model.source.startsWith(p))",
+        "is of a Hugging Face id; a folder, s3:// and builtin: have none: leave it out",
+        lambda spec: (
+            spec.model.revision is None
+            or not spec.model.source.startswith(("builtin:", "s3://", "file://", "/", "."))
+        ),
+    ),
+    Rule(
         "spec.data",
         "has(self.data.prompts) != has(self.data.promptsFile)",
         "exactly one of prompts and promptsFile is given",

@@ -93,6 +93,7 @@ OTHER: dict[str, object] = {
     "managedBy": "example.com/other",
     "model.family": None,  # the picture's size and the source go with it
     "model.source": "s3://bucket/digits",
+    "model.revision": None,  # of a hub id, which the builtin model is not
     "model.tuning": None,  # lora goes with it
     "modelCache.hostPath": "/models",
     "rewards": [{"name": "digit-contrast"}],

@@ -68,6 +68,7 @@ def _position(start: str, path: str) -> int:
 
 _LORA = _position("belongs to tuning", "spec.model.lora")
 _BUILTIN = _position("the only built-in", "spec.model.source")
+_REVISION = _position("is of a Hugging Face id", "spec.model.revision")
 _PROMPTS = _position("exactly one", "spec.data")
 _PROMPTS_KEY = _position("promptsFile is then", "spec.data.promptsConfigMap")
 _SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
@@ -118,6 +119,7 @@ BREAKERS = (
         _BUILTIN,
         {"model.family": "sd3", "sampling.width": 64, "sampling.height": 64},
     ),
+    Breaker("a revision of no repository", _REVISION, {"model.revision": "main"}),
     Breaker("no prompts", _PROMPTS, {"data.prompts": None}),
     Breaker("both kinds of prompts", _PROMPTS, {"data.promptsFile": "prompts.txt"}),
     Breaker("prompts in a ConfigMap and none named", _PROMPTS_KEY, {"data.promptsConfigMap": "p"}),
