@@ -5,18 +5,18 @@ import json
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tempflow_api import crd, naming
+from tempflow_api import naming
 from tempflow_api.rules import RULES, Mutability, mutability_of
 from tempflow_operator import desired
 from tempflow_operator.settings import Pods
 from tests.builders import make_job
 from tests.cluster.bare import Bare
 from tests.cluster.kubectl import JsonObject
+from tests.unit.api.field_changes import ALONE, LEAVES, another, value_of, with_value
 from tests.unit.api.rule_breakers import BREAKERS, VALID, Breaker, rule_of
 from tests.unit.operator.desired.test_objects import ASKING
 
@@ -59,92 +59,6 @@ def api(bare_server: Bare) -> Api:
     return Api(bare_server)
 
 
-def leaves(node: Raw, path: str = "") -> Iterator[tuple[str, Raw]]:
-    """Every field that has no fields of its own, with its schema."""
-    for name, child in node["properties"].items():
-        if "properties" in child:
-            yield from leaves(child, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", child
-
-
-LEAVES = dict(leaves(crd.spec_schema()))
-# Another value that the schema and the rules take, where the first that fits the type does not.
-OTHER: dict[str, object] = {
-    "algorithm.advantage.scope": "prompt",
-    "algorithm.branchSteps": [0],
-    "algorithm.method": None,  # takes three fields at once
-    "algorithm.promptsPerEpoch": 8,
-    "algorithm.updatesPerEpoch": 2,
-    "checkpoint.endpointUrl": "https://other",
-    "checkpoint.uri": "s3://other/runs",
-    "compute.extendedResources": {"rdma/ib": 1},
-    "compute.gpuResource": "amd.com/gpu",
-    "compute.network.interface": "eth7",
-    "compute.podTemplate.env": [{"name": "A", "value": "b"}],
-    "compute.podTemplate.labels": {"a": "b"},
-    "compute.podTemplate.annotations": {"a": "b"},
-    "compute.podTemplate.nodeSelector": {"a": "b"},
-    "compute.podTemplate.nodeRequirements": [{"key": "a", "operator": "Exists"}],
-    "compute.podTemplate.tolerations": [{"operator": "Exists"}],
-    "compute.podTemplate.volumes": [{"name": "a", "mountPath": "/a", "emptyDir": "1Gi"}],
-    "data.prompts": ["a six"],
-    "data.promptsFile": None,  # excludes prompts
-    "managedBy": "example.com/other",
-    "model.family": None,  # the picture's size and the source go with it
-    "model.source": "s3://bucket/digits",
-    "model.revision": None,  # of a hub id, which the builtin model is not
-    "model.tuning": None,  # lora goes with it
-    "modelCache.hostPath": "/models",
-    "rewards": [{"name": "digit-contrast"}],
-    "sampling.height": None,  # digits have one size
-    "sampling.width": None,
-}
-
-
-# The digits family has no autoencoder, so a rule refuses it whatever the job's state is.
-AGAINST_A_RULE = {"compute.tiledDecode"}
-ALONE = [p for p in LEAVES if OTHER.get(p, "") is not None and p not in AGAINST_A_RULE]
-
-
-def another(path: str, schema: Raw, old: object) -> object:
-    """A value that the field does not have."""
-    if path in OTHER:
-        return OTHER[path]
-    if "enum" in schema:
-        return next(value for value in schema["enum"] if value != old)
-    match schema["type"]:
-        case "boolean":
-            return not old
-        case "integer":
-            return (old if isinstance(old, int) else schema.get("minimum", 0)) + 1
-        case "number":
-            assert isinstance(old, int | float)
-            return old / 2 if old else 0.5
-        case "string":
-            return "2Gi" if "Mi|Gi" in schema.get("pattern", "") and old != "2Gi" else "3"
-        case "array":
-            return ["other"]
-    raise AssertionError(f"no other value for {path}: {schema}")
-
-
-def with_value(job: Raw, path: str, value: object) -> Raw:
-    changed = copy.deepcopy(job)
-    *sections, last = path.split(".")
-    block = changed["spec"]
-    for section in sections:
-        block = block.setdefault(section, {})
-    block[last] = value
-    return changed
-
-
-def value_of(job: Raw, path: str) -> object:
-    block: Any = job["spec"]
-    for section in path.split("."):
-        block = block.get(section, {}) if isinstance(block, dict) else {}
-    return None if block == {} else block
-
-
 @pytest.fixture(scope="module")
 def stored(api: Api) -> dict[bool, Raw]:
     """A running and a suspended job, as the server has defaulted them."""
@@ -175,11 +89,6 @@ def test_every_field_changes_when_it_may(api: Api, stored: dict[bool, Raw], path
             (cause,) = answer["details"]["causes"]
             assert f"spec.{path}".startswith(cause["field"]), cause
             assert cause["reason"] == "FieldValueForbidden"
-
-
-def test_what_cannot_change_alone_is_immutable() -> None:
-    alone = {path for path, value in OTHER.items() if value is None}
-    assert {mutability_of(f"spec.{path}") for path in alone} == {Mutability.IMMUTABLE}
 
 
 def test_a_valid_job_is_taken(api: Api) -> None:

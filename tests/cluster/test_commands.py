@@ -269,25 +269,29 @@ def in_terminal(api: ApiServer, words: tuple[str, ...], *, then: Callable[[], No
     return shown.decode()
 
 
-class TestCompletion:
-    def test_names_of_jobs(
-        self, shell: Shell, client: Client, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        client.submit(digits("complete-me"))
-        monkeypatch.setenv("_TEMPFLOW_COMPLETE", "complete_bash")
-        monkeypatch.setenv("COMP_WORDS", "tempflow status complete-")
-        monkeypatch.setenv("COMP_CWORD", "2")
-        assert shell().out.split() == ["complete-me"]
+def completions(kubeconfig: str, words: str) -> subprocess.CompletedProcess[str]:
+    """What a shell would offer: a process, as the command's own name is part of the question."""
+    asked = {
+        "KUBECONFIG": kubeconfig,
+        "_TEMPFLOW_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": "2",
+    }
+    command = [str(Path(sys.executable).with_name("tempflow"))]
+    return subprocess.run(
+        command, env=os.environ | asked, capture_output=True, text=True, timeout=60, check=False
+    )
 
-    def test_without_a_cluster_there_is_nothing_to_offer(
-        self, shell: Shell, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("KUBECONFIG", "none")
-        monkeypatch.setenv("_TEMPFLOW_COMPLETE", "complete_bash")
-        monkeypatch.setenv("COMP_WORDS", "tempflow status x")
-        monkeypatch.setenv("COMP_CWORD", "2")
-        done = shell()
-        assert (done.out.strip(), done.err) == ("", "")
+
+class TestCompletion:
+    def test_names_of_jobs(self, api: ApiServer, client: Client) -> None:
+        client.submit(digits("complete-me"))
+        offered = completions(str(api.kubeconfig("admin")), "tempflow status complete-")
+        assert offered.stdout.split() == ["complete-me"]
+
+    def test_without_a_cluster_there_is_nothing_to_offer(self) -> None:
+        offered = completions("none", "tempflow status x")
+        assert (offered.stdout.strip(), offered.stderr) == ("", "")
 
 
 class TestSteering:

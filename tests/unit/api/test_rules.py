@@ -12,6 +12,7 @@ from tempflow_api.rules import (
     mutability_of,
 )
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
+from tests.unit.api.field_changes import ALONE, LEAVES, OTHER, another, value_of, with_value
 from tests.unit.api.rule_breakers import BREAKERS, VALID, Breaker, rule_of
 
 
@@ -76,6 +77,21 @@ class TestMutability:
     )
     def test_of_a_field(self, path: str, expected: Mutability) -> None:
         assert mutability_of(path) is expected
+
+    @pytest.mark.parametrize("path", ALONE)
+    def test_a_field_that_changes_alone_keeps_the_rules(self, path: str) -> None:
+        """Of the table of changes that the cluster tests send to the API server."""
+        spec = spec_of(VALID).model_dump(mode="json", by_alias=True, exclude_none=True)
+        job = {**VALID, "spec": spec | {"checkpoint": {"uri": "s3://bucket/runs"}}}
+        old = value_of(job, path)
+        new = another(path, LEAVES[path], old)
+        assert new != old
+        assert broken_rules(spec_of(with_value(job, path, new))) == []
+
+    def test_a_field_that_cannot_change_alone_is_immutable(self) -> None:
+        assert {mutability_of(f"spec.{path}") for path, new in OTHER.items() if new is None} == {
+            Mutability.IMMUTABLE
+        }
 
     def test_the_table_names_fields(self) -> None:
         named = spec_of(VALID).model_dump(by_alias=True)
