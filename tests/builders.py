@@ -179,8 +179,33 @@ def make_gang(attempt: int = 1, *, nodes: int = 1, owned_by: str = UID) -> GangB
     )
 
 
+class ServersBuilder(_Builder):
+    """The Deployment that serves a reward to an attempt; its Service is there, too."""
+
+    def refused(self, message: str) -> Self:
+        return self.condition("ReplicaFailure", "FailedCreate", message)
+
+
+def make_servers(attempt: int = 1, *, reward: str = "digit") -> ServersBuilder:
+    """As the API server has taken it, of the first reward."""
+    name = naming.reward_name("demo", attempt, 0)
+    metadata = _child(name, attempt, f"servers-{attempt}", owner(UID, naming.KIND))
+    metadata["labels"] |= {naming.LABEL_ROLE: naming.ROLE_REWARD, naming.LABEL_REWARD: reward}
+    return ServersBuilder({"metadata": metadata, "spec": {}})
+
+
 class PodBuilder(_Builder):
-    """A pod of a gang."""
+    """A pod of a gang, or a server of a reward."""
+
+    def ready(self) -> Self:
+        return self.running().condition("Ready", "")
+
+    def crashing(self, code: int, message: str) -> Self:
+        """It ended, was started again, and so on."""
+        self.waiting("CrashLoopBackOff", "back-off 10s restarting failed container")
+        end = {"exitCode": code, "reason": "Error", "message": message, "finishedAt": at(5)}
+        self.status["containerStatuses"][0]["lastState"] = {"terminated": end}
+        return self
 
     def running(self, *, ip: str = "10.0.0.1", node: str = "node-1") -> Self:
         self.status.update(phase="Running", podIP=ip)
@@ -213,7 +238,9 @@ class PodBuilder(_Builder):
         return self
 
     def _state(self, state: Raw) -> Self:
-        self.status["containerStatuses"] = [{"name": naming.TRAINER_CONTAINER, "state": state}]
+        serves = naming.LABEL_REWARD in self._raw["metadata"]["labels"]
+        name = naming.REWARD_CONTAINER if serves else naming.TRAINER_CONTAINER
+        self.status["containerStatuses"] = [{"name": name, "state": state}]
         return self
 
 
@@ -225,20 +252,33 @@ def make_pod(attempt: int = 1, rank: int = 0) -> PodBuilder:
     return PodBuilder({"metadata": metadata, "spec": {}, "status": {"phase": "Pending"}})
 
 
+def make_server(attempt: int = 1, *, reward: str = "digit") -> PodBuilder:
+    """A pod of a reward's Deployment that waits for a node."""
+    servers = make_servers(attempt, reward=reward).build()["metadata"]
+    metadata = {**servers, "name": f"{servers['name']}-x", "uid": f"server-{attempt}"}
+    metadata["ownerReferences"] = owner(f"replicas-{attempt}", "ReplicaSet")
+    return PodBuilder({"metadata": metadata, "spec": {}, "status": {"phase": "Pending"}})
+
+
 def make_part(attempt: int = 1, *, config: bool = False) -> Raw:
     """The metadata of a Service of an attempt, or of its ConfigMap."""
     name = naming.attempt_name("demo", attempt) + (f"-{UID[:8]}" if config else "")
     return {"metadata": _child(name, attempt, f"part-{attempt}", owner(UID, naming.KIND))}
 
 
-def seen(*objects: GangBuilder | PodBuilder, parts: tuple[int, ...] = ()) -> Snapshot:
+def seen(
+    *objects: GangBuilder | PodBuilder | ServersBuilder, parts: tuple[int, ...] = ()
+) -> Snapshot:
     """What a pass sees; ``parts`` are the attempts that have a Service and a ConfigMap."""
+    deployments = [thing.build() for thing in objects if isinstance(thing, ServersBuilder)]
+    services = [thing for thing in deployments if "deletionTimestamp" not in thing["metadata"]]
     return snapshot(
         UID,
         jobs=[thing.build() for thing in objects if isinstance(thing, GangBuilder)],
         pods=[thing.build() for thing in objects if isinstance(thing, PodBuilder)],
         parts={
-            "Service": [make_part(attempt) for attempt in parts],
+            "Service": [*(make_part(attempt) for attempt in parts), *services],
             "ConfigMap": [make_part(attempt, config=True) for attempt in parts],
         },
+        deployments=deployments,
     )

@@ -19,7 +19,14 @@ from tempflow_api.status import JobStatus
 from tempflow_operator.decisions import instants
 from tempflow_operator.decisions.adoption import controller_uid, owned_by
 from tempflow_operator.decisions.events import Tell
-from tempflow_operator.decisions.observed import Key, Snapshot, TrainingJob, snapshot, training_job
+from tempflow_operator.decisions.observed import (
+    Key,
+    Snapshot,
+    TrainingJob,
+    snapshot,
+    starts_servers,
+    training_job,
+)
 from tempflow_operator.decisions.plan import Action, Create, Delete
 from tempflow_operator.decisions.status import stored_form
 from tempflow_operator.desired.gang import SCHEDULERS
@@ -47,6 +54,7 @@ class Resource:
 
 TRAINING_JOBS = Resource(f"apis/{naming.API_VERSION}", naming.PLURAL)
 JOBS = Resource("apis/batch/v1", "jobs")
+DEPLOYMENTS = Resource("apis/apps/v1", "deployments")
 PODS = Resource("api/v1", "pods")
 SERVICES = Resource("api/v1", "services")
 CONFIG_MAPS = Resource("api/v1", "configmaps")
@@ -57,10 +65,14 @@ LEASES = Resource("apis/coordination.k8s.io/v1", "leases")
 _BY_KIND = {
     naming.KIND: TRAINING_JOBS,
     "Job": JOBS,
+    "Deployment": DEPLOYMENTS,
     "Service": SERVICES,
     "ConfigMap": CONFIG_MAPS,
     "NetworkPolicy": NETWORK_POLICIES,
 }
+
+
+_WITH_PODS = ("Job", "Deployment")
 
 
 class ApiError(Exception):
@@ -130,18 +142,25 @@ class Cluster:
             return None
         uid = raw["metadata"]["uid"]
         selector = f"{naming.LABEL_JOB_UID}={uid}"
-        jobs, pods, *listed = await asyncio.gather(
+        jobs, pods, deployments, *listed = await asyncio.gather(
             self._list(JOBS, key.namespace, selector),
             self._list(PODS, key.namespace, selector),
+            self._deployments(raw, selector),
             *(
                 self._list(self._by_kind[kind], key.namespace, selector, accept=_METADATA_ONLY)
                 for kind in self._parts
             ),
         )
         parts = dict(zip(self._parts, listed, strict=True))
-        seen = snapshot(uid, jobs=jobs, pods=pods, parts=parts)
+        seen = snapshot(uid, jobs=jobs, pods=pods, parts=parts, deployments=deployments)
         newest = {"jobs": _newest(jobs), "pods": _newest(pods), naming.PLURAL: _newest([raw])}
         return Observation(training_job(raw), seen, newest)
+
+    async def _deployments(self, raw: Raw, selector: str) -> list[Raw]:
+        """Most jobs have none, and are not asked for them."""
+        if not starts_servers(raw):
+            return []
+        return await self._list(DEPLOYMENTS, raw["metadata"]["namespace"], selector)
 
     async def execute(self, namespace: str, action: Action) -> None:
         """Do it; done before counts as done now."""
@@ -171,11 +190,11 @@ class Cluster:
             )
 
     async def _delete(self, namespace: str, action: Delete) -> None:
-        # Foreground: a Job stays in the lists, marked, until its pods are gone.
+        # Foreground: the object stays in the lists, marked, until its pods are gone.
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
-            "propagationPolicy": "Foreground" if action.kind == "Job" else "Background",
+            "propagationPolicy": "Foreground" if action.kind in _WITH_PODS else "Background",
             "preconditions": {"uid": action.uid},
         }
         resource = self._by_kind[action.kind]

@@ -114,6 +114,15 @@ def problems_here(job: TempFlowGRPOJob) -> list[Problem]:
                 f"there is no file {prompts}: write the prompts there, one a line",
             )
         )
+    problems += [
+        Problem(
+            f"spec.rewards[{position}].placement",
+            "got service: on a cluster the operator serves it; here, remove the field to score in "
+            "the trainer's processes, or serve the reward and give service.endpoints",
+        )
+        for position, term in enumerate(spec.rewards)
+        if term.placement == "service"
+    ]
     if spec.run_policy.cancel:
         problems.append(
             Problem("spec.runPolicy.cancel", "got true: a cancelled job does not run; remove it")

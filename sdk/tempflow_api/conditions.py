@@ -47,6 +47,7 @@ class Reason(StrEnum):
     PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
     STALLED = "Stalled"
     PREFLIGHT_FAILED = "PreflightFailed"
+    REWARD_NOT_SERVED = "RewardNotServed"
 
 
 CONDITION_MEANINGS: dict[ConditionType, str] = {
@@ -92,6 +93,8 @@ REASON_MEANINGS: dict[Reason, str] = {
     "ended and the next one starts after a pause.",
     Reason.PREFLIGHT_FAILED: "A check before training found a node, the network or the store "
     "unfit; the next attempt starts after a pause.",
+    Reason.REWARD_NOT_SERVED: "The pods of a reward with `placement: service` end again and again, "
+    "or cannot be created.",
 }
 
 
@@ -143,6 +146,7 @@ _STARTING = frozenset(
         Reason.UNSCHEDULABLE,
         Reason.IMAGE_PULL_FAILED,
         Reason.CONTAINER_NOT_STARTED,
+        Reason.REWARD_NOT_SERVED,
     }
 )
 

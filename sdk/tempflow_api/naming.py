@@ -13,8 +13,11 @@ LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_ROLE = f"{GROUP}/role"
 ROLE_TRAINER = "trainer"
+ROLE_REWARD = "reward"
+LABEL_REWARD = f"{GROUP}/reward"
 
 TRAINER_CONTAINER = "trainer"
+REWARD_CONTAINER = "reward"
 FIELD_MANAGER = "tempflow-operator"
 
 # Environment of the trainer's container, set by the operator or by ``tempflow run``.
@@ -27,6 +30,8 @@ ENV_PROGRESS_PORT = "TEMPFLOW_PROGRESS_PORT"
 ENV_WORK_DIR = "TEMPFLOW_WORK_DIR"
 ENV_RUN_ID = "TEMPFLOW_RUN_ID"
 ENV_MODEL_CACHE = "TEMPFLOW_MODEL_CACHE"
+# JSON: the address of each reward with ``placement: service``, by the reward's name.
+ENV_REWARD_ENDPOINTS = "TEMPFLOW_REWARD_ENDPOINTS"
 
 OPERATOR = f"{GROUP}/operator"
 """This operator, as ``spec.managedBy`` and events name it."""
@@ -34,11 +39,18 @@ OPERATOR = f"{GROUP}/operator"
 MASTER_PORT = 29500
 PROGRESS_PORT = 8080
 PROGRESS_PATH = "/progress"
+REWARD_PORT = 8090
 
 
 def attempt_name(job_name: str, attempt: int) -> str:
     """Name of the Job, Service and ConfigMap of one attempt, counted from 1."""
     return f"{job_name}-a{attempt}"
+
+
+def reward_name(job_name: str, attempt: int, position: int) -> str:
+    """Name of the Deployment and Service of the reward at that position in ``spec.rewards``: with
+    the reward's own name a Service's could be too long."""
+    return f"{attempt_name(job_name, attempt)}-r{position}"
 
 
 def rank_zero_host(job_name: str, attempt: int, namespace: str) -> str:

@@ -85,7 +85,7 @@ class PodTemplate(Section):
     node_requirements: Annotated[list[NodeRequirement], Field(max_length=16)] = []
     """Beyond nodeSelector: becomes the required node affinity."""
     same_domain: Key | None = None
-    """Key of a node label, for instance ``topology.kubernetes.io/zone``: all pods of an attempt go
+    """Key of a node label, for instance ``topology.kubernetes.io/zone``: all ranks of an attempt go
     to nodes with the same value of it, so that they are close to one another."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
     """Taints that do not keep the pods away, beside those of nodes that are not ready."""
@@ -106,6 +106,24 @@ class PodTemplate(Section):
     """Further variables of the trainer's environment; they override those of network."""
     volumes: Annotated[list[Volume], Field(max_length=16)] = []
     """Further volumes of the trainer's container."""
+
+
+class RewardPods(Section):
+    """The pods that serve one reward to the job. ``podTemplate`` holds for them too, all but its
+    ``sameDomain``."""
+
+    reward: Name
+    """Name of a reward with ``placement: service``."""
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    """Pods; the connections of the ranks are spread over them."""
+    device: Literal["cuda", "cpu"] = "cpu"
+    """Where the model computes. With ``cuda`` each pod gets one GPU, of ``compute.gpuResource``."""
+    cpu: Quantity | None = None
+    """Requested processors a pod."""
+    memory: Quantity | None = None
+    """Requested and limiting memory a pod."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """An image of the trainer with what this reward needs beyond it; without it the trainer's."""
 
 
 class Network(Section):
@@ -129,7 +147,8 @@ class ModelCache(Section):
     its model anew."""
 
     persistent_volume_claim: Name | None = None
-    """A claim in the job's namespace. With more than one node it has to be ReadWriteMany."""
+    """A claim in the job's namespace. With more than one node, or with a reward of ``placement:
+    service``, it has to be ReadWriteMany."""
     host_path: Annotated[str, Field(max_length=512, pattern=r"^/[^:]+$")] | None = None
     """A folder of the node, which has to be writable for user 65532. Namespaces that enforce Pod
     Security refuse it."""

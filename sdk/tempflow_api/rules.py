@@ -50,6 +50,12 @@ def _one_cache(spec: JobSpec) -> bool:
     return sum(place is not None for place in given) <= 1
 
 
+def _reward_pods_fit(spec: JobSpec) -> bool:
+    served = {reward.name for reward in spec.rewards if reward.placement == "service"}
+    named = [pods.reward for pods in spec.compute.reward_pods]
+    return len(set(named)) == len(named) and served.issuperset(named)
+
+
 def _count(scope: str, *fields: str) -> str:
     """CEL for how many of these optional fields are there."""
     return " + ".join(f"(has({scope}.{field}) ? 1 : 0)" for field in fields)
@@ -202,10 +208,24 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "spec.rewards",
-        "self.rewards.all(r, !has(r.service) || size(r.parameters) == 0)",
-        "a reward with a service has no parameters: they are set where it is served",
+        "self.rewards.all(r, !has(r.service) || size(r.service.endpoints) == 0 "
+        "|| size(r.parameters) == 0)",
+        "a reward with service.endpoints has no parameters: they are set where it is served",
         lambda spec: all(
-            reward.service is None or not reward.parameters for reward in spec.rewards
+            reward.service is None or not reward.service.endpoints or not reward.parameters
+            for reward in spec.rewards
+        ),
+    ),
+    Rule(
+        "spec.rewards",
+        "self.rewards.all(r, !has(r.service) || "
+        "(r.placement == 'service') == (size(r.service.endpoints) == 0))",
+        "service.endpoints are those of a service that is there already: give one or more, or let "
+        "the operator start it with placement: service and leave them out",
+        lambda spec: all(
+            reward.service is None
+            or (reward.placement == "service") == (not reward.service.endpoints)
+            for reward in spec.rewards
         ),
     ),
     Rule(
@@ -288,6 +308,13 @@ RULES: tuple[Rule, ...] = (
         lambda spec: (
             not any(volume.mount_path in _OWN_PATHS for volume in spec.compute.pod_template.volumes)
         ),
+    ),
+    Rule(
+        "spec.compute.rewardPods",
+        "self.compute.rewardPods.all(p, self.rewards.exists(r, r.name == p.reward && "
+        "r.placement == 'service') && self.compute.rewardPods.exists_one(q, q.reward == p.reward))",
+        "each names a reward with placement: service, and no two the same one",
+        _reward_pods_fit,
     ),
     Rule(
         "spec.modelCache",

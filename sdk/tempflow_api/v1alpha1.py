@@ -21,7 +21,7 @@ from tempflow_api.method import Algorithm as Algorithm
 from tempflow_api.method import BranchSet as BranchSet
 from tempflow_api.method import Sampling as Sampling
 from tempflow_api.method import Tail as Tail
-from tempflow_api.pods import ModelCache, Network, PodTemplate
+from tempflow_api.pods import ModelCache, Network, PodTemplate, RewardPods
 from tempflow_api.status import JobStatus
 from tempflow_api.storage import Checkpoint, InitFrom
 
@@ -104,9 +104,10 @@ class RewardService(Section):
 
     endpoints: Annotated[
         list[Annotated[str, Field(max_length=1024, pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")]],
-        Field(min_length=1, max_length=64),
-    ]
-    """Addresses of servers that all serve this reward; each request goes to the least busy one."""
+        Field(max_length=64),
+    ] = []
+    """Addresses of servers that all serve this reward; each request goes to the least busy one.
+    None with ``placement: service``: the operator knows the address."""
     token_variable: (
         Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None
     ) = None
@@ -116,11 +117,13 @@ class RewardService(Section):
     """Of one request; a slow model takes seconds for 32 images. Then another attempt is made."""
     deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Of a batch with all attempts; after it the batch has no score. Ten minutes let a server
-    restart and load a large model."""
+    restart and load a large model. With ``placement: service`` also how long the run waits at its
+    start for the first answer."""
     images_per_request: Annotated[int, Field(ge=1, le=4096)] = 32
     """Most images in one request; 32 of 512 x 512 are 15 MiB as PNG."""
     requests_per_endpoint: Annotated[int, Field(ge=1, le=64)] = 2
-    """Requests under way at once: one is scored while the next one travels."""
+    """Requests of a rank under way at once: one is scored while the next one travels. The pods
+    behind one address share them."""
     image_format: Literal["png", "webp"] = "png"
     """Both without loss. WebP is smaller and takes longer to write: for slow networks."""
 
@@ -149,8 +152,18 @@ class RewardTerm(Section):
         dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)
     ] = {}
     """Settings of the scorer, as strings."""
+    placement: Literal["trainer", "service"] = "trainer"
+    """``service``: on a cluster the operator starts pods for each attempt that serve this reward,
+    as ``spec.compute.rewardPods`` says. ``trainer``: it starts nothing, and the reward is scored in
+    the trainer's processes, or by a service that is there already."""
     service: RewardService | None = None
-    """Score by asking a service instead of in the trainer's processes."""
+    """How a service is asked; with ``endpoints`` one that is there already, instead of scoring in
+    the trainer's processes."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether its scores come over HTTP."""
+        return self.placement == "service" or self.service is not None
 
 
 class Optimizer(Section):
@@ -288,6 +301,9 @@ class Compute(Section):
     ``vpc.amazonaws.com/efa: 4``."""
     network: Network = Network()
     pod_template: PodTemplate = PodTemplate()
+    reward_pods: Annotated[list[RewardPods], Field(max_length=32)] = []
+    """What the pods of rewards with ``placement: service`` need; one that is not listed gets a
+    single pod without a GPU."""
     preflight: bool = False
     """Check GPUs, driver, /dev/shm, an all-reduce and the store before the model is loaded. A
     failed check uses none of runPolicy.maxRestarts."""

@@ -19,6 +19,7 @@ from tests.cluster.kubectl import JsonObject
 from tests.unit.api.field_changes import ALONE, LEAVES, another, value_of, with_value
 from tests.unit.api.rule_breakers import BREAKERS, VALID, Breaker, rule_of
 from tests.unit.operator.desired.test_objects import ASKING
+from tests.unit.operator.desired.test_rewards import SERVED
 
 pytestmark = pytest.mark.cluster
 
@@ -109,6 +110,9 @@ def test_every_rule_has_its_breaker() -> None:
 def test_a_long_job_is_taken(api: Api) -> None:
     """All lists full: the server's limit on the cost of rules holds at run time, too."""
     job = copy.deepcopy(VALID)
+    served = [{"name": f"r{number}", "placement": "service"} for number in range(32)]
+    job["spec"]["rewards"] = served
+    job["spec"]["compute"]["rewardPods"] = [{"reward": reward["name"]} for reward in served]
     env = [{"name": f"V{number}", "value": "x" * 4000} for number in range(64)]
     volumes = [
         {"name": f"v{number}", "mountPath": f"/v{number}", "emptyDir": "1Gi"}
@@ -126,9 +130,10 @@ def test_objects_of_an_attempt_are_taken_as_they_are(api: Api) -> None:
         "Service": "/api/v1/namespaces/default/services",
         "ConfigMap": "/api/v1/namespaces/default/configmaps",
         "Job": "/apis/batch/v1/namespaces/default/jobs",
+        "Deployment": "/apis/apps/v1/namespaces/default/deployments",
         "NetworkPolicy": "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies",
     }
-    for job in (make_job(), ASKING):
+    for job in (make_job(), ASKING, SERVED):
         attempt = desired.AttemptOf(
             job="demo", namespace="default", uid="1" * 36, spec=job.spec_only(), number=1
         )

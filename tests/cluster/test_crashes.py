@@ -116,7 +116,8 @@ async def live(api: ApiClient, world: World, dies_after: int | None) -> int:
     key = Key(NAMESPACE, world.name)
     mortal = Mortal(api, dies_after)
     acting = operator(mortal)
-    await submit(world.admin, make_job(world.name).nodes(NODES))
+    served = [{"name": "digit", "placement": "service"}]
+    await submit(world.admin, make_job(world.name).nodes(NODES).spec("rewards", served))
     started = time.monotonic()
     while not is_true((await world.status()).conditions, ConditionType.FINISHED):
         assert time.monotonic() - started < DEADLINE_SECONDS, (dies_after, await world.status())

@@ -182,7 +182,7 @@ def groups_per_rollout(spec: JobSpec, world: int) -> int | None:
     Parts only where scoring needs no processor of ours: drawing in parts costs a little.
     """
     asked = spec.compute.groups_per_rollout
-    if asked is not None or not any(term.service for term in spec.rewards):
+    if asked is not None or not any(term.is_served for term in spec.rewards):
         return asked
     groups = spec.algorithm.prompts_per_epoch * spec.algorithm.seeds_per_prompt
     return math.ceil(groups / world / SERVED_PARTS)
@@ -279,7 +279,7 @@ def train(
     tail.connect(work, store)
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
-    remote.check(spec.rewards)
+    remote.check(spec.rewards, stop_requested)
     cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
     model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")

@@ -1,4 +1,5 @@
-{{/* What the operator may do in the namespaces that it works in. No Secret, no workload but Jobs. */}}
+{{/* What the operator may do in the namespaces that it works in. No Secret, no workload but Jobs and the
+servers of rewards. */}}
 {{- define "tempflow.operatorRules" -}}
 # Deleted when their time to live is over.
 - apiGroups: [tempflow.dev]
@@ -15,6 +16,10 @@
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
+# Of rewards with `placement: service`; their pods tell what there is to watch.
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [get, list, create, delete]
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]
@@ -42,6 +47,9 @@
   verbs: [get, list, watch]
 - apiGroups: [batch]
   resources: [jobs]
+  verbs: [get, list, watch]
+- apiGroups: [apps]
+  resources: [deployments]
   verbs: [get, list, watch]
 - apiGroups: [""]
   resources: [pods, pods/log, configmaps, events]

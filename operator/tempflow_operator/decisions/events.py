@@ -23,6 +23,7 @@ _TROUBLE = frozenset(
         Reason.UNSCHEDULABLE,
         Reason.IMAGE_PULL_FAILED,
         Reason.CONTAINER_NOT_STARTED,
+        Reason.REWARD_NOT_SERVED,
         Reason.NAME_TAKEN,
         Reason.REQUEST_REFUSED,
     }

@@ -138,7 +138,7 @@ def _settle(
             return _closed(ledger, "Suspended", now, None)
         return _failed(ledger, job, seen, Gang(name="", uid="", attempt=0), now, timing)
     pods = seen.pods_of(ledger.attempt)
-    ledger = _with_running(_with_start(ledger, gang), gang, pods, now)
+    ledger = _with_running(_with_start(ledger, gang), job, seen, gang, now)
     if gang.completed_at is not None:
         done = _closed(ledger, "Succeeded", gang.completed_at, None)
         end = End(True, Reason.COMPLETED, "all epochs are trained", gang.completed_at)
@@ -154,7 +154,7 @@ def _settle(
         return _closed(ledger, "Suspended", now, None)
     if gang.deleting or (not gang.queued and _is_lost(pods, now, timing)):
         return _failed(ledger, job, seen, gang, now, timing)
-    return _overdue(ledger, job, pods, now, timing, reading)
+    return _overdue(ledger, job, seen, now, timing, reading)
 
 
 def _is_lost(pods: tuple[Pod, ...], now: float, timing: Timing) -> bool:
@@ -167,7 +167,7 @@ def _is_lost(pods: tuple[Pod, ...], now: float, timing: Timing) -> bool:
 def _overdue(
     ledger: Ledger,
     job: TrainingJob,
-    pods: tuple[Pod, ...],
+    seen: Snapshot,
     now: float,
     timing: Timing,
     reading: Reading | None,
@@ -175,8 +175,7 @@ def _overdue(
     """Ended, if it does not begin or does not get on."""
     due = starts_by(ledger, job)
     if due is not None and now >= due:
-        told = hindrance.of_pods(pods)
-        why = told.message if told is not None else "the cluster does not say why"
+        why = _why_not_running(job, seen, ledger.attempt)
         message = f"not all pods ran within spec.runPolicy.preRunningDeadlineSeconds: {why}"
         reason = Reason.PRE_RUNNING_DEADLINE_EXCEEDED
         cause = Failure(reason=reason.value, message=message[:4096])
@@ -188,6 +187,16 @@ def _overdue(
         cause = Failure(reason=Reason.STALLED.value, message=message)
         return _ended(ledger, job, Ending(FailureClass.RETRIABLE, cause), now, timing)
     return ledger
+
+
+def _why_not_running(job: TrainingJob, seen: Snapshot, attempt: int) -> str:
+    told = hindrance.of_attempt(seen, attempt)
+    if told is not None:
+        return told.message
+    unserved = hindrance.unserved(job.spec, seen, attempt) if job.spec is not None else []
+    if unserved:
+        return f"no server is ready yet for {', '.join(unserved)}"
+    return "the cluster does not say why"
 
 
 def _with_start(ledger: Ledger, gang: Gang) -> Ledger:
@@ -203,12 +212,15 @@ def _with_start(ledger: Ledger, gang: Gang) -> Ledger:
     return _replaced(ledger, current.model_copy(update=update))
 
 
-def _with_running(ledger: Ledger, gang: Gang, pods: tuple[Pod, ...], now: float) -> Ledger:
+def _with_running(
+    ledger: Ledger, job: TrainingJob, seen: Snapshot, gang: Gang, now: float
+) -> Ledger:
+    """With the moment from which all ranks run and all rewards are served."""
     current = ledger.current
     if current is None or current.start_time is None or current.running_time is not None:
         return ledger
-    _, complete = hindrance.how_many_run(gang, pods)
-    if not complete:
+    _, complete = hindrance.how_many_run(gang, seen.pods_of(ledger.attempt))
+    if not complete or (job.spec and hindrance.unserved(job.spec, seen, ledger.attempt)):
         return ledger
     update = {"running_time": instants.timestamp(now)}
     return _replaced(ledger, current.model_copy(update=update))

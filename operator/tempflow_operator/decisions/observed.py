@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from tempflow_api import termination
-from tempflow_api.naming import LABEL_ATTEMPT, OPERATOR, TRAINER_CONTAINER, run_folder
+from tempflow_api.naming import (
+    LABEL_ATTEMPT,
+    LABEL_REWARD,
+    OPERATOR,
+    REWARD_CONTAINER,
+    TRAINER_CONTAINER,
+    run_folder,
+)
 from tempflow_api.rules import broken_rules
 from tempflow_api.status import JobStatus
 from tempflow_api.termination import LastWords
@@ -116,13 +123,17 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Pod:
-    """One pod of a gang."""
+    """One pod of a gang, or of the servers of a reward."""
 
     name: str
     uid: str = ""
     attempt: int
     rank: int | None = None
+    reward: str = ""
+    """Which reward it serves; empty for a pod of a gang."""
     phase: str = "Pending"
+    ready: bool = False
+    """Its container passes its readiness probe, if it has one."""
     ip: str = ""
     node: str = ""
     stop_by: float | None = None
@@ -134,6 +145,7 @@ class Pod:
     disruption: Why | None = None
     """The cluster took the pod away: preemption, eviction, a drained or lost node."""
     ended: Ended | None = None
+    """How its container ended; of one that was started again, the last time."""
 
     @property
     def live(self) -> bool:
@@ -161,18 +173,42 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Servers:
+    """The Deployment that serves one reward to an attempt."""
+
+    name: str
+    uid: str
+    attempt: int
+    reward: str
+    deleting: bool = False
+    failure: str = ""
+    """Why its pods cannot be created."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """Everything in the cluster that belongs to one job."""
 
     gangs: tuple[Gang, ...] = ()
     pods: tuple[Pod, ...] = ()
+    """Of gangs."""
     parts: tuple[Part, ...] = ()
+    servers: tuple[Servers, ...] = ()
+    server_pods: tuple[Pod, ...] = ()
 
     def gang(self, attempt: int) -> Gang | None:
         return next((gang for gang in self.gangs if gang.attempt == attempt), None)
 
     def pods_of(self, attempt: int) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.attempt == attempt)
+
+    def servers_of(self, attempt: int) -> tuple[Servers, ...]:
+        return tuple(servers for servers in self.servers if servers.attempt == attempt)
+
+    def pods_serving(self, attempt: int, reward: str) -> tuple[Pod, ...]:
+        return tuple(
+            pod for pod in self.server_pods if (pod.attempt, pod.reward) == (attempt, reward)
+        )
 
     @property
     def newest_attempt(self) -> int:
@@ -184,12 +220,22 @@ class Snapshot:
     @property
     def anything_live(self) -> bool:
         """Whether something may still run or start."""
-        return any(not gang.terminal for gang in self.gangs) or any(pod.live for pod in self.pods)
+        return (
+            any(not gang.terminal for gang in self.gangs)
+            or bool(self.servers)
+            or any(pod.live for pod in (*self.pods, *self.server_pods))
+        )
 
     @property
     def may_start_pods(self) -> bool:
         """Whether the Job controller may still create a pod."""
         return any(not (gang.deleting or gang.failing or gang.terminal) for gang in self.gangs)
+
+
+def starts_servers(raw: Raw) -> bool:
+    """Whether the job has rewards that the operator serves. What is fixed for its life."""
+    rewards = raw.get("spec", {}).get("rewards") or []
+    return any(reward.get("placement") == "service" for reward in rewards)
 
 
 def training_job(raw: Raw) -> TrainingJob:
@@ -239,13 +285,17 @@ def snapshot(
     jobs: Iterable[Raw] = (),
     pods: Iterable[Raw] = (),
     parts: Mapping[str, Iterable[Raw]] | None = None,
+    deployments: Iterable[Raw] = (),
 ) -> Snapshot:
     """What was listed by label, less what the job does not own. ``parts`` are by kind."""
     gangs = tuple(_gang(job) for job in jobs if owned_by(job["metadata"], owner_uid))
+    # Only our own templates carry the job's UID, and a pod outlives what it was made by.
+    found = [_pod(pod) for pod in pods]
     return Snapshot(
         gangs=gangs,
-        # Only a gang's template carries the job's UID, and a pod outlives a gang that is deleted.
-        pods=tuple(_pod(pod) for pod in pods),
+        pods=tuple(pod for pod in found if not pod.reward),
+        servers=tuple(_servers(d) for d in deployments if owned_by(d["metadata"], owner_uid)),
+        server_pods=tuple(pod for pod in found if pod.reward),
         parts=tuple(
             _part(kind, part["metadata"])
             for kind, listed in (parts or {}).items()
@@ -306,6 +356,19 @@ def _part(kind: str, metadata: Raw) -> Part:
     )
 
 
+def _servers(raw: Raw) -> Servers:
+    metadata = raw["metadata"]
+    failure = _conditions(raw).get("ReplicaFailure")
+    return Servers(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        attempt=_attempt(metadata),
+        reward=metadata.get("labels", {}).get(LABEL_REWARD, ""),
+        deleting="deletionTimestamp" in metadata,
+        failure=failure.message or failure.reason if failure is not None else "",
+    )
+
+
 def last_words(raw_pod: Raw) -> LastWords | None:
     """What the ended trainer in a pod left for the operator."""
     ended = _pod(raw_pod).ended
@@ -315,14 +378,17 @@ def last_words(raw_pod: Raw) -> LastWords | None:
 def _pod(raw: Raw) -> Pod:
     metadata, status = raw["metadata"], raw.get("status", {})
     statuses = status.get("containerStatuses") or []
-    container: Raw = next((c for c in statuses if c.get("name") == TRAINER_CONTAINER), {})
+    ours = (TRAINER_CONTAINER, REWARD_CONTAINER)
+    container: Raw = next((c for c in statuses if c.get("name") in ours), {})
     index = metadata.get("annotations", {}).get(INDEX_ANNOTATION, "")
     return Pod(
         name=metadata["name"],
         uid=metadata.get("uid", ""),
         attempt=_attempt(metadata),
         rank=int(index) if index.isdecimal() else None,
+        reward=metadata.get("labels", {}).get(LABEL_REWARD, ""),
         phase=status.get("phase", "Pending"),
+        ready="Ready" in _conditions(raw),
         ip=status.get("podIP", ""),
         node=raw.get("spec", {}).get("nodeName", ""),
         stop_by=_time(metadata.get("deletionTimestamp")),
@@ -356,8 +422,9 @@ def _disruption(raw: Raw, status: Raw) -> Why | None:
 
 
 def _ended(container: Raw) -> Ended | None:
-    state = container.get("state", {}).get("terminated")
-    if not state:
+    states = (container.get(name, {}).get("terminated") for name in ("state", "lastState"))
+    state = next((state for state in states if state), None)
+    if state is None:
         return None
     words, message = termination.read(state.get("message", ""))
     return Ended(

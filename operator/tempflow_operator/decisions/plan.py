@@ -6,7 +6,14 @@ from typing import Any
 
 from tempflow_operator.decisions import stall
 from tempflow_operator.decisions.ledger import Ledger, deadline_at, opened, starts_by
-from tempflow_operator.decisions.observed import RECEIPT, Gang, Part, Snapshot, TrainingJob
+from tempflow_operator.decisions.observed import (
+    RECEIPT,
+    Gang,
+    Part,
+    Servers,
+    Snapshot,
+    TrainingJob,
+)
 from tempflow_operator.decisions.reading import Reading
 from tempflow_operator.settings import Timing
 
@@ -28,7 +35,8 @@ class Create:
 
 @dataclass(frozen=True)
 class Delete:
-    """Delete exactly the object with that UID; a Job stays visible until its pods are gone."""
+    """Delete exactly the object with that UID; a Job, and a Deployment, stay visible until their
+    pods are gone."""
 
     kind: str
     name: str
@@ -59,9 +67,12 @@ def released(ledger: Ledger, seen: Snapshot, now: float, timing: Timing) -> bool
     """
     if ledger.open:
         return False
-    if seen.may_start_pods:
+    # Servers of the next number are of a pass that was cut off before anything could run.
+    servers = [servers for servers in seen.servers if servers.attempt <= ledger.attempt]
+    if seen.may_start_pods or any(not servers.deleting for servers in servers):
         return False
-    moments = [pod.lost_at(timing.lost_node) for pod in seen.pods if pod.live]
+    pods = (*seen.pods, *(pod for pod in seen.server_pods if pod.attempt <= ledger.attempt))
+    moments = [pod.lost_at(timing.lost_node) for pod in pods if pod.live]
     return all(moment is not None and moment <= now for moment in moments)
 
 
@@ -78,8 +89,19 @@ def actions(
         return []  # the garbage collector takes it all
     if _expired(job, ledger, now):
         return [Delete(kind=KIND_OF_JOB, name=job.name, uid=job.uid)]
-    removals = _removals(seen, ledger, recorded=job.status.attempt)
-    return [*removals, *_creations(seen, desired if ledger.open else ())]
+    removals = _removals(job, seen, ledger, recorded=job.status.attempt)
+    wanted = desired if ledger.open else ()
+    if _waits_in_queue(job, seen, ledger):
+        wanted = [manifest for manifest in wanted if manifest["kind"] != "Deployment"]
+    return [*removals, *_creations(seen, wanted)]
+
+
+def _waits_in_queue(job: TrainingJob, seen: Snapshot, ledger: Ledger) -> bool:
+    """Whether a queue holds the attempt's gang back: its servers then hold nothing either."""
+    gang = seen.gang(ledger.attempt)
+    if gang is not None:
+        return gang.queued
+    return job.spec is not None and job.spec.run_policy.queue is not None
 
 
 # The custom resource itself, deleted when its time to live is over.
@@ -89,19 +111,24 @@ KIND_OF_JOB = "TempFlowGRPOJob"
 def _creations(seen: Snapshot, desired: Sequence[Mapping[str, Any]]) -> list[Action]:
     present = {("Job", gang.name) for gang in seen.gangs}
     present |= {(part.kind, part.name) for part in seen.parts}
+    present |= {("Deployment", servers.name) for servers in seen.servers}
     creations = [Create(manifest) for manifest in desired]
     return [create for create in creations if (create.kind, create.name) not in present]
 
 
-def _removals(seen: Snapshot, ledger: Ledger, *, recorded: int) -> list[Action]:
+def _removals(job: TrainingJob, seen: Snapshot, ledger: Ledger, *, recorded: int) -> list[Action]:
     """``recorded`` is the newest attempt that the stored status knows."""
     gangs = [gang for gang in seen.gangs if not gang.deleting and _superfluous(gang, ledger)]
     parts = [part for part in seen.parts if not part.deleting]
     parts = [part for part in parts if not _in_use(part, ledger)]
     # The lasting witness of a number that status does not know yet stays until it does.
     parts = [part for part in parts if part.kind != RECEIPT or part.attempt <= recorded]
+    idle = _waits_in_queue(job, seen, ledger)
+    servers = [servers for servers in seen.servers if not servers.deleting]
+    servers = [servers for servers in servers if idle or not _in_use(servers, ledger)]
     return [
         *(Delete("Job", gang.name, gang.uid) for gang in gangs),
+        *(Delete("Deployment", one.name, one.uid) for one in servers),
         *(Delete(part.kind, part.name, part.uid) for part in parts),
     ]
 
@@ -116,7 +143,7 @@ def _superfluous(gang: Gang, ledger: Ledger) -> bool:
     return not gang.terminal and gang.failing is None
 
 
-def _in_use(part: Part, ledger: Ledger) -> bool:
+def _in_use(part: Part | Servers, ledger: Ledger) -> bool:
     return ledger.open and part.attempt == ledger.attempt
 
 
@@ -147,7 +174,10 @@ def look_again_at(
     if ledger.open:
         moments.append(stall.stalls_at(job, ledger.attempt, reading, now))
         moments += [pod.lost_at(timing.lost_node) for pod in seen.pods_of(ledger.attempt)]
-    if not ledger.open and seen.anything_live:
+    # Nothing tells of the moment in which a Deployment that a queue took back is gone.
+    if (ledger.open and any(servers.deleting for servers in seen.servers)) or (
+        not ledger.open and seen.anything_live
+    ):
         moments.append(now + timing.recheck_stopping)
     elif ledger.end is None and not ledger.open and not job.suspend:
         moments.append(ledger.next_attempt_at)

@@ -153,7 +153,7 @@ def _running(job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading 
     if ledger.end is not None:
         return _Fact(False, ledger.end.reason, ledger.end.message)
     if ledger.open:
-        return _attempt_runs(seen, ledger, reading)
+        return _attempt_runs(job, seen, ledger, reading)
     if job.suspend:
         reason = Reason.SUSPENDING if seen.anything_live else Reason.SUSPENDED_BY_USER
         return _Fact(False, reason)
@@ -191,7 +191,9 @@ def _after(ledger: Ledger, then: str) -> str:
     return f"attempt {current.number} {current.outcome.lower()}{cause}; {then}"
 
 
-def _attempt_runs(seen: Snapshot, ledger: Ledger, reading: Reading | None) -> _Fact:
+def _attempt_runs(
+    job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading | None
+) -> _Fact:
     gang = seen.gang(ledger.attempt)
     pods = seen.pods_of(ledger.attempt)
     if gang is None:
@@ -199,14 +201,24 @@ def _attempt_runs(seen: Snapshot, ledger: Ledger, reading: Reading | None) -> _F
     if gang.queued:
         return _Fact(False, Reason.QUEUED, "the queue has not admitted this attempt")
     running, complete = hindrance.how_many_run(gang, pods)
-    if complete:
-        problem = reading.problem if reading is not None else ""
-        note = f"; progress cannot be read: {problem}" if problem else ""
-        return _Fact(True, Reason.PODS_RUNNING, f"{gang.nodes} of {gang.nodes} pods run{note}")
-    told = hindrance.of_pods(pods)
+    told = hindrance.of_servers(seen, ledger.attempt) if complete else None
+    if told is None and not complete:
+        told = hindrance.of_attempt(seen, ledger.attempt)
     if told is not None:
         return _Fact(False, told.reason, told.message)
+    if complete:
+        note = _note(job, seen, ledger, reading)
+        return _Fact(True, Reason.PODS_RUNNING, f"{gang.nodes} of {gang.nodes} pods run{note}")
     return _Fact(False, Reason.PODS_STARTING, f"{running} of {gang.nodes} pods run")
+
+
+def _note(job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading | None) -> str:
+    """What else to say of an attempt that runs."""
+    unserved = hindrance.unserved(job.spec, seen, ledger.attempt) if job.spec is not None else []
+    if unserved:
+        return f"; no server is ready yet for {', '.join(unserved)}"
+    problem = reading.problem if reading is not None else ""
+    return f"; progress cannot be read: {problem}" if problem else ""
 
 
 def _progress(

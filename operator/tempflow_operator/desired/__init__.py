@@ -9,6 +9,7 @@ from tempflow_operator.desired.config import config_map
 from tempflow_operator.desired.gang import SCHEDULERS, pod_group
 from tempflow_operator.desired.network import network_policy
 from tempflow_operator.desired.rendezvous import service
+from tempflow_operator.desired.rewards import servers
 from tempflow_operator.desired.workers import workers
 from tempflow_operator.settings import Pods
 
@@ -25,6 +26,7 @@ def objects(attempt: AttemptOf, settings: Pods) -> list[Manifest]:
         service(attempt),
         *([network_policy(attempt)] if policy else []),
         *([pod_group(attempt, scheduler)] if scheduler is not None else []),
+        *servers(attempt, settings),
         workers(attempt, settings),
         config_map(attempt),
     ]

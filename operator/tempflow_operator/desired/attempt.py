@@ -10,7 +10,9 @@ from tempflow_api.naming import (
     LABEL_ATTEMPT,
     LABEL_JOB_NAME,
     LABEL_JOB_UID,
+    LABEL_REWARD,
     LABEL_ROLE,
+    ROLE_REWARD,
     ROLE_TRAINER,
     attempt_name,
 )
@@ -40,19 +42,28 @@ class AttemptOf:
         return f"{self.name}-{self.uid[:8]}"
 
     def selector(self) -> dict[str, str]:
-        """Labels that exactly this attempt's pods have."""
+        """Labels that exactly this attempt's pods have, ranks and reward servers."""
         return {LABEL_JOB_UID: self.uid, LABEL_ATTEMPT: str(self.number)}
 
-    def labels(self) -> dict[str, str]:
+    def ranks(self) -> dict[str, str]:
+        """Labels that exactly the pods of its ranks have."""
+        return {**self.selector(), LABEL_ROLE: ROLE_TRAINER}
+
+    def servers_of(self, reward: str) -> dict[str, str]:
+        """Labels that exactly the pods that serve a reward have."""
+        return {**self.selector(), LABEL_ROLE: ROLE_REWARD, LABEL_REWARD: reward}
+
+    def labels(self, reward: str | None = None) -> dict[str, str]:
+        """Of the attempt's objects, or of those that serve a reward."""
+        selector = self.ranks() if reward is None else self.servers_of(reward)
         return {
             "app.kubernetes.io/name": "tempflow",
             "app.kubernetes.io/instance": self.job,
-            "app.kubernetes.io/component": ROLE_TRAINER,
+            "app.kubernetes.io/component": selector[LABEL_ROLE],
             "app.kubernetes.io/part-of": "tempflow",
             "app.kubernetes.io/managed-by": FIELD_MANAGER,
             LABEL_JOB_NAME: self.job,
-            LABEL_ROLE: ROLE_TRAINER,
-            **self.selector(),
+            **selector,
         }
 
     def metadata(self) -> Manifest:

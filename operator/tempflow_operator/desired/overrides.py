@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from tempflow_api.naming import TRAINER_CONTAINER
 from tempflow_api.pods import PodTemplate, Volume
-from tempflow_operator.desired.attempt import AttemptOf, Manifest
+from tempflow_operator.desired.attempt import Manifest
 
 # Which field tells the entries of a list apart. An entry of the patch replaces or extends the one
 # of the same name; a list that is not named here is extended, and nothing in it is replaced.
@@ -39,22 +38,27 @@ def _merged_lists(base: list[Any], patch: list[Any], key: str | None) -> list[An
     return [*kept, *(entry for name, entry in patches.items() if name not in known)]
 
 
-def with_overrides(template: Manifest, attempt: AttemptOf) -> Manifest:
-    """The pod template with what the job asks for beyond it."""
-    asked = attempt.spec.compute.pod_template
+def with_overrides(
+    template: Manifest, asked: PodTemplate, *, container: str, together: dict[str, str] | None
+) -> Manifest:
+    """The pod template with what the job asks for beyond it.
+
+    ``container`` is the one that is meant, ``together`` the labels of the pods that ``sameDomain``
+    keeps together; None where it does not apply.
+    """
     metadata = {"labels": dict(asked.labels), "annotations": dict(asked.annotations)}
     patch = {
         "metadata": {name: value for name, value in metadata.items() if value},
-        "spec": _spec(asked, attempt),
+        "spec": _spec(asked, container, together),
     }
     result: Manifest = merged(template, patch)
     return result
 
 
-def _spec(asked: PodTemplate, attempt: AttemptOf) -> Manifest:
+def _spec(asked: PodTemplate, name: str, together: dict[str, str] | None) -> Manifest:
     fields: Manifest = {
         "nodeSelector": dict(asked.node_selector),
-        "affinity": _affinity(asked, attempt),
+        "affinity": _affinity(asked, together),
         "tolerations": [
             toleration.model_dump(mode="json", by_alias=True, exclude_defaults=True)
             for toleration in asked.tolerations
@@ -79,11 +83,11 @@ def _spec(asked: PodTemplate, attempt: AttemptOf) -> Manifest:
     }
     container = {name: value for name, value in container.items() if value}
     if container:
-        fields["containers"] = [{"name": TRAINER_CONTAINER, **container}]
+        fields["containers"] = [{"name": name, **container}]
     return {name: value for name, value in fields.items() if value}
 
 
-def _affinity(asked: PodTemplate, attempt: AttemptOf) -> Manifest:
+def _affinity(asked: PodTemplate, together: dict[str, str] | None) -> Manifest:
     affinity: Manifest = {}
     if asked.node_requirements:
         expressions = [
@@ -95,11 +99,8 @@ def _affinity(asked: PodTemplate, attempt: AttemptOf) -> Manifest:
                 "nodeSelectorTerms": [{"matchExpressions": expressions}]
             }
         }
-    if asked.same_domain is not None:
-        term = {
-            "topologyKey": asked.same_domain,
-            "labelSelector": {"matchLabels": attempt.selector()},
-        }
+    if asked.same_domain is not None and together is not None:
+        term = {"topologyKey": asked.same_domain, "labelSelector": {"matchLabels": together}}
         affinity["podAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": [term]}
     return affinity
 

@@ -12,7 +12,7 @@ def service(attempt: AttemptOf) -> Manifest:
         "metadata": attempt.metadata(),
         "spec": {
             "clusterIP": "None",
-            "selector": attempt.selector(),
+            "selector": attempt.ranks(),
             # The ranks have to find each other before any of them is ready.
             "publishNotReadyAddresses": True,
             "ports": [

@@ -1,27 +1,25 @@
 """The Indexed Job of one attempt: one pod a node, each with a rank, all of which fail together."""
 
+import json
+
 from tempflow_api import naming
 from tempflow_api.errors import ASKED_TO_STOP, PERMANENT, ExitCode
-from tempflow_api.pods import ModelCache
 from tempflow_api.v1alpha1 import Compute
+from tempflow_operator.desired import sandbox
 from tempflow_operator.desired.attempt import AttemptOf, Manifest
 from tempflow_operator.desired.config import JOB_FILE, PROMPTS_DIR
 from tempflow_operator.desired.gang import SCHEDULERS, in_group
 from tempflow_operator.desired.network import variables
 from tempflow_operator.desired.overrides import with_overrides
 from tempflow_operator.desired.quantities import total_bytes
+from tempflow_operator.desired.rewards import endpoints
 from tempflow_operator.settings import Pods
 
 # https://kueue.sigs.k8s.io/docs/tasks/run/jobs/
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
-# The user of the trainer's image; any other number than root's works as well.
-USER = 65532
 
 _CONFIG_DIR = "/etc/tempflow"
-_WORK_DIR = "/var/tempflow"
-_HOME = "/home/tempflow"
-_CACHE_DIR = "/var/cache/tempflow"
 
 
 def workers(attempt: AttemptOf, settings: Pods) -> Manifest:
@@ -30,7 +28,12 @@ def workers(attempt: AttemptOf, settings: Pods) -> Manifest:
     nodes = attempt.spec.compute.nodes
     queue = attempt.spec.run_policy.queue
     template = {"metadata": {"labels": attempt.labels()}, "spec": _pod(attempt, settings)}
-    template = with_overrides(template, attempt)
+    template = with_overrides(
+        template,
+        attempt.spec.compute.pod_template,
+        container=naming.TRAINER_CONTAINER,
+        together=attempt.ranks(),
+    )
     scheduler = SCHEDULERS.get(settings.gang_scheduler)
     if scheduler is not None:
         template = in_group(template, attempt, scheduler)
@@ -89,44 +92,17 @@ def _pod(attempt: AttemptOf, settings: Pods) -> Manifest:
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": run_policy.termination_grace_period_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "topologySpreadConstraints": [_one_pod_a_node(attempt)],
-        "tolerations": _tolerations(settings),
+        "securityContext": sandbox.POD_SECURITY,
+        "topologySpreadConstraints": sandbox.spread(attempt.ranks()),
+        "tolerations": sandbox.tolerations(settings),
         "containers": [_container(attempt, settings)],
-        "volumes": [*_volumes(attempt), *_cache_volume(attempt.spec.model_cache)],
+        "volumes": [*_volumes(attempt), *sandbox.cache_volumes(attempt.spec.model_cache)],
     }
-
-
-def _one_pod_a_node(attempt: AttemptOf) -> Manifest:
-    """Preferred, not required: two pods on one node are better than a job that waits."""
-    return {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": {"matchLabels": attempt.selector()},
-    }
-
-
-def _tolerations(settings: Pods) -> list[Manifest]:
-    return [
-        {
-            "key": f"node.kubernetes.io/{state}",
-            "operator": "Exists",
-            "effect": "NoExecute",
-            "tolerationSeconds": settings.unreachable_toleration,
-        }
-        for state in ("not-ready", "unreachable")
-    ]
 
 
 def _container(attempt: AttemptOf, settings: Pods) -> Manifest:
     compute = attempt.spec.compute
+    mounts, _ = sandbox.folders()
     container: Manifest = {
         "name": naming.TRAINER_CONTAINER,
         "image": compute.image or settings.image,
@@ -137,34 +113,25 @@ def _container(attempt: AttemptOf, settings: Pods) -> Manifest:
             {"name": "rendezvous", "containerPort": naming.MASTER_PORT, "protocol": "TCP"},
         ],
         "resources": _resources(compute),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": sandbox.CONTAINER_SECURITY,
         # The trainer leaves one line there; where it could not, the end of its log is taken.
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
             {"name": "job", "mountPath": _CONFIG_DIR, "readOnly": True},
-            {"name": "work", "mountPath": _WORK_DIR},
-            {"name": "home", "mountPath": _HOME},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a volume of this pod alone
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - likewise
+            *mounts,
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - a volume of this pod alone
         ],
     }
     if attempt.spec.data.prompts_config_map is not None:
         prompts = {"name": "prompts", "mountPath": PROMPTS_DIR, "readOnly": True}
         container["volumeMounts"].append(prompts)
-    if _cache_volume(attempt.spec.model_cache):
-        container["volumeMounts"].append({"name": "models", "mountPath": _CACHE_DIR})
-    if compute.secret_name is not None:
-        # Only the name: the kubelet reads the Secret, the operator may not.
-        container["envFrom"] = [{"secretRef": {"name": compute.secret_name}}]
-    return container
+    container["volumeMounts"] += sandbox.cache_mounts(attempt.spec.model_cache)
+    return {**container, **sandbox.secret_environment(compute)}
 
 
 def _environment(attempt: AttemptOf) -> list[Manifest]:
+    cache = attempt.spec.model_cache
     values = {
         naming.ENV_JOB_FILE: f"{_CONFIG_DIR}/{JOB_FILE}",
         naming.ENV_ATTEMPT: str(attempt.number),
@@ -173,16 +140,16 @@ def _environment(attempt: AttemptOf) -> list[Manifest]:
         ),
         naming.ENV_MASTER_PORT: str(naming.MASTER_PORT),
         naming.ENV_PROGRESS_PORT: str(naming.PROGRESS_PORT),
-        naming.ENV_WORK_DIR: _WORK_DIR,
+        naming.ENV_WORK_DIR: sandbox.WORK_DIR,
         naming.ENV_RUN_ID: naming.run_folder(attempt.namespace, attempt.job, attempt.uid),
-        "HOME": _HOME,
-        # The user's number has no name in most images, and Python and torch ask for one.
-        "USER": "tempflow",
+        **sandbox.environment(cache),
         **variables(attempt.spec.compute.network),
     }
-    if _cache_volume(attempt.spec.model_cache):
-        values[naming.ENV_MODEL_CACHE] = _CACHE_DIR
-        values["HF_HOME"] = f"{_CACHE_DIR}/huggingface"
+    if sandbox.cache_volumes(cache):
+        values[naming.ENV_MODEL_CACHE] = sandbox.CACHE_DIR
+    served = endpoints(attempt)
+    if served:
+        values[naming.ENV_REWARD_ENDPOINTS] = json.dumps(served)
     rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
     return [
         *({"name": name, "value": value} for name, value in values.items()),
@@ -213,27 +180,13 @@ def _devices(compute: Compute) -> dict[str, int]:
     return {**gpus, **compute.extended_resources}
 
 
-def _cache_volume(cache: ModelCache) -> list[Manifest]:
-    """None where the job asks for no cache: models then lie with the rest of what a pod writes."""
-    if cache.persistent_volume_claim is not None:
-        claim = {"claimName": cache.persistent_volume_claim}
-        return [{"name": "models", "persistentVolumeClaim": claim}]
-    if cache.host_path is not None:
-        path = {"path": cache.host_path, "type": "Directory"}
-        return [{"name": "models", "hostPath": path}]
-    if cache.empty_dir is not None:
-        return [{"name": "models", "emptyDir": {"sizeLimit": cache.empty_dir}}]
-    return []
-
-
 def _volumes(attempt: AttemptOf) -> list[Manifest]:
     prompts = attempt.spec.data.prompts_config_map
+    _, writable = sandbox.folders()
     return [
         {"name": "job", "configMap": {"name": attempt.config_name}},
         *([{"name": "prompts", "configMap": {"name": prompts}}] if prompts else []),
-        {"name": "work", "emptyDir": {}},
-        {"name": "home", "emptyDir": {}},
-        {"name": "tmp", "emptyDir": {}},
+        *writable,
         {
             "name": "shm",
             "emptyDir": {"medium": "Memory", "sizeLimit": attempt.spec.compute.shared_memory},

@@ -30,6 +30,7 @@ OTHER: dict[str, object] = {
     "checkpoint.keepBest.metric": "digit-ink",
     "checkpoint.uri": "s3://other/runs",
     "compute.extendedResources": {"rdma/ib": 1},
+    "compute.rewardPods": [{"reward": "digit-ink"}],
     "compute.gpuResource": "amd.com/gpu",
     "compute.network.interface": "eth7",
     "compute.podTemplate.env": [{"name": "A", "value": "b"}],
@@ -61,8 +62,9 @@ OTHER: dict[str, object] = {
 }
 
 
-# The digits family has no autoencoder, so a rule refuses it whatever the job's state is.
-AGAINST_A_RULE = {"compute.tiledDecode"}
+# The digits family has no autoencoder, and the reward is not served, so a rule refuses these
+# whatever the job's state is.
+AGAINST_A_RULE = {"compute.tiledDecode", "compute.rewardPods"}
 ALONE = [p for p in LEAVES if OTHER.get(p, "") is not None and p not in AGAINST_A_RULE]
 
 

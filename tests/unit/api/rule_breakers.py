@@ -94,7 +94,8 @@ _IN_STEP = _position("with shard", "spec.compute.strategy")
 _NO_WEIGHT = _position("at least one reward", "spec.rewards")
 _REWARD_TWICE = _position("no reward is listed", "spec.rewards")
 _ATTEMPT_LONGER = _position("service.timeoutSeconds", "spec.rewards")
-_SERVED_PARAMETERS = _position("a reward with a service", "spec.rewards")
+_SERVED_PARAMETERS = _position("a reward with service.endpoints", "spec.rewards")
+_WHOSE_SERVICE = _position("service.endpoints are", "spec.rewards")
 _SHARED_STORE = _position("starts with s3://", "spec.checkpoint.uri")
 _BEST_METRIC = _position("is reward", "spec.checkpoint.keepBest.metric")
 _SHARED_SOURCE = _position("starts with s3://", "spec.initFrom.uri")
@@ -105,6 +106,7 @@ _POD_LABELS = _position("do not begin", "spec.compute.podTemplate.labels")
 _OWN_ENV = _position("does not name", "spec.compute.podTemplate.env")
 _ONE_SOURCE = _position("each has", "spec.compute.podTemplate.volumes")
 _OWN_PATHS = _position("are not mounted", "spec.compute.podTemplate.volumes")
+_REWARD_PODS = _position("each names a reward", "spec.compute.rewardPods")
 _ONE_CACHE = _position("has at most", "spec.modelCache")
 
 _SERVICE = {"endpoints": ["http://scorer:8090"]}
@@ -258,6 +260,14 @@ BREAKERS = (
             ]
         },
     ),
+    Breaker(
+        "a service of nowhere", _WHOSE_SERVICE, {"rewards": [{"name": "digit-ink", "service": {}}]}
+    ),
+    Breaker(
+        "a service of ours and of others",
+        _WHOSE_SERVICE,
+        {"rewards": [{"name": "digit-ink", "placement": "service", "service": _SERVICE}]},
+    ),
     Breaker("nodes without store", _SHARED_STORE, {"compute.nodes": 2}),
     Breaker(
         "nodes with a folder",
@@ -306,6 +316,20 @@ BREAKERS = (
         "a volume over ours",
         _OWN_PATHS,
         {"compute.podTemplate.volumes": [{"name": "a", "mountPath": "/tmp", "emptyDir": "1Gi"}]},
+    ),
+    Breaker(
+        "pods of a reward in the trainer",
+        _REWARD_PODS,
+        {"compute.rewardPods": [{"reward": "digit-ink"}]},
+    ),
+    Breaker("pods of no reward", _REWARD_PODS, {"compute.rewardPods": [{"reward": "other"}]}),
+    Breaker(
+        "pods of a reward twice",
+        _REWARD_PODS,
+        {
+            "rewards": [{"name": "digit-ink", "placement": "service"}],
+            "compute.rewardPods": [{"reward": "digit-ink"}, {"reward": "digit-ink"}],
+        },
     ),
     Breaker("two caches", _ONE_CACHE, {"modelCache": {"hostPath": "/cache", "emptyDir": "1Gi"}}),
 )

@@ -289,8 +289,16 @@ class TestRefusals:
                 ("  compute:", "  runPolicy: {suspend: true}\n  compute:"),
                 ":34: spec.runPolicy.suspend: got true: a suspended job does not run; remove it",
             ),
+            (
+                ("name: digit-ink", "name: digit-ink\n      placement: service"),
+                (
+                    ":37: spec.rewards[1].placement: got service: on a cluster the operator serves "
+                    "it; here, remove the field to score in the trainer's processes, or serve the "
+                    "reward and give service.endpoints"
+                ),
+            ),
         ],
-        ids=["nodes", "suspend"],
+        ids=["nodes", "suspend", "placement"],
     )
     def test_what_this_machine_cannot_do(
         self, edit: tuple[str, str], expected: str, tmp_path: Path, runs: Path

@@ -8,15 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 import torch
+from aiohttp import web
 
-from tempflow_api.errors import RewardFailed
+from tempflow_api import naming
+from tempflow_api.errors import Preempted, RewardFailed
 from tempflow_api.v1alpha1 import RewardTerm
 from tempflow_trainer.rewards import registry, wire
 from tempflow_trainer.rewards import remote as remote_module
 from tempflow_trainer.rewards.batching import Sample, ScorerFailed, answers_of
 from tempflow_trainer.rewards.serve import Limits
 from tempflow_trainer.rewards.transport import ServiceFailed, Unavailable
-from tests.unit.trainer.reward_servers import Moody, Red, reds, remote, score, served
+from tests.unit.trainer.reward_servers import (
+    Moody,
+    Red,
+    reds,
+    remote,
+    running,
+    score,
+    served,
+)
 from tests.unit.trainer.test_reward_wire import bomb
 
 Parts = list[tuple[str, tuple[str, bytes, str]]]
@@ -222,6 +232,10 @@ def test_health_and_metrics_tell_what_goes_on() -> None:
         assert post(url, parts_of()).headers["Retry-After"] == "1"
 
 
+def never() -> bool:
+    return False
+
+
 def terms(url: str, name: str = "red") -> list[RewardTerm]:
     service = {"endpoints": [url], "timeoutSeconds": 0.5}
     return [RewardTerm.model_validate({"name": name, "service": service})]
@@ -229,17 +243,82 @@ def terms(url: str, name: str = "red") -> list[RewardTerm]:
 
 def test_services_are_checked_before_anything_is_loaded() -> None:
     with served(Red()) as (url, _):
-        remote_module.check(terms(url))
+        remote_module.check(terms(url), never)
         with pytest.raises(RewardFailed, match="serves the reward 'red', expected 'blue'"):
-            remote_module.check(terms(url, "blue"))
+            remote_module.check(terms(url, "blue"), never)
     with pytest.raises(RewardFailed) as caught:
-        remote_module.check(terms(url))
+        remote_module.check(terms(url), never)
     said = str(caught.value)
     assert said.startswith(
         "spec.rewards[0].service: the service of reward red is not there: no ans"
     )
     assert url in said
     assert "start it (python -m tempflow_trainer.rewards.serve)" in said
+
+
+def placed(**settings: float) -> list[RewardTerm]:
+    """A reward that the operator serves, with short times unless said otherwise."""
+    service = {"timeoutSeconds": 0.2, "deadlineSeconds": 0.4, **settings}
+    raw = {"name": "term", "uses": "red", "placement": "service", "service": service}
+    return [RewardTerm.model_validate(raw)]
+
+
+def tell_where(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """As the operator does."""
+    monkeypatch.setenv(naming.ENV_REWARD_ENDPOINTS, json.dumps({"term": url}))
+
+
+class TestServedByTheOperator:
+    def test_scores_come_from_the_address_in_the_environment(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with served(Red()) as (url, _):
+            tell_where(monkeypatch, url)
+            remote_module.check(placed(), never)
+            assert score(registry.build(placed(deadlineSeconds=4.0)), 7, 9) == [7.0, 9.0]
+
+    def test_it_is_waited_for_longer_than_one_attempt(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its image is pulled and its model loaded while the ranks already run."""
+        asked: list[float] = []
+
+        async def later(_: web.Request) -> web.StreamResponse:
+            asked.append(time.monotonic())
+            if asked[-1] - asked[0] < 0.5:
+                return web.json_response({"error": "not yet"}, status=503)
+            found = wire.Description(reward="red", batch_size=8, max_images=8)
+            return web.Response(body=found.json_bytes())
+
+        app = web.Application()
+        app.router.add_get(wire.REWARD_PATH, later)
+        with running(app) as url:
+            tell_where(monkeypatch, url)
+            remote_module.check(placed(deadlineSeconds=9.0), never)
+        assert asked[-1] - asked[0] >= 0.5
+
+    def test_one_that_never_comes_says_where_to_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with served(Red()) as (url, _):
+            pass
+        tell_where(monkeypatch, url)
+        with pytest.raises(RewardFailed, match=r"is not there: no answer within 0\.4 s") as caught:
+            remote_module.check(placed(), never)
+        assert "label tempflow.dev/reward" in str(caught.value)
+
+    def test_a_run_that_is_asked_to_stop_waits_no_longer(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with served(Red()) as (url, _):
+            pass
+        tell_where(monkeypatch, url)
+        began = time.monotonic()
+        with pytest.raises(Preempted):
+            remote_module.check(placed(deadlineSeconds=60.0), lambda: True)
+        assert time.monotonic() - began < 10
+
+    def test_without_an_operator_there_is_nobody_to_ask(self) -> None:
+        with pytest.raises(RewardFailed, match=r"rewards\[0\].placement: got service, and nobody"):
+            remote_module.check(placed(), never)
 
 
 def test_requests_are_balanced_over_endpoints_and_go_past_a_dead_one() -> None:

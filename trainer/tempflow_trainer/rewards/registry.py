@@ -71,7 +71,7 @@ def installed() -> dict[str, str]:
 
 
 def _scorer(term: RewardTerm, path: str, place: Place) -> Scorer:
-    if term.service is not None:
+    if term.is_served:
         return remote.of_term(term, path)
     name = term.uses or term.name
     field = f"{path}.uses" if term.uses else f"{path}.name"

@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tempflow_api import naming
 from tempflow_api.errors import RewardFailed
 from tempflow_api.v1alpha1 import RewardService, RewardTerm
 from tempflow_trainer.rewards import wire
@@ -44,6 +45,8 @@ class RemoteScorer:
     serves: str
     service: RewardService
     transport: Transport = field(repr=False)
+    placed: bool = False
+    """The operator starts it together with the run."""
 
     @cached_property
     def description(self) -> wire.Description:
@@ -52,15 +55,25 @@ class RemoteScorer:
         Raises:
             RewardFailed: nobody answers, or another reward is served.
         """
-        # A service that starts with the run may need a while; an address that is wrong should
-        # not take the deadline of a batch to be seen.
-        patience = replace(self.transport, deadline_seconds=self.service.timeout_seconds)
+        return self.describe()
+
+    def describe(self, stop_requested: Callable[[], bool] = lambda: False) -> wire.Description:
+        """The same, asked anew.
+
+        Raises:
+            RewardFailed: nobody answers, or another reward is served.
+            Preempted: asked to stop before there was an answer.
+        """
+        # One that starts with the run has its image to pull and its model to load. An address that
+        # is wrong should not take so long to be seen.
+        service = self.service
+        seconds = service.deadline_seconds if self.placed else service.timeout_seconds
+        patience = replace(self.transport, deadline_seconds=seconds)
         try:
-            found = self.transport.background.run(patience.exchange(_describe))
+            found = self.transport.background.run(patience.exchange(_describe), stop_requested)
         except ServiceFailed as error:
             raise RewardFailed(
-                f"the service of reward {self.serves} is not there: {error}; start it (python -m "
-                "tempflow_trainer.rewards.serve) or correct service.endpoints"
+                f"the service of reward {self.serves} is not there: {error}; {self._remedy}"
             ) from error
         if found.reward != self.serves:
             raise RewardFailed(
@@ -68,6 +81,15 @@ class RemoteScorer:
                 f"{self.serves!r}: correct service.endpoints, or name the reward in 'uses'"
             )
         return found
+
+    @property
+    def _remedy(self) -> str:
+        if self.placed:
+            return (
+                "its pods have the label tempflow.dev/reward: see kubectl describe and logs; if it "
+                "takes longer to start, raise service.deadlineSeconds"
+            )
+        return "start it (python -m tempflow_trainer.rewards.serve) or correct service.endpoints"
 
     @property
     def group_wise(self) -> bool:
@@ -176,13 +198,14 @@ def scores_of(body: bytes, asked: wire.ScoreRequest, url: str) -> list[wire.Item
 
 
 def of_term(term: RewardTerm, path: str) -> RemoteScorer:
-    """The client for a term that has a service; nothing is asked yet.
+    """The client for a term that is served; nothing is asked yet.
 
     Raises:
-        RewardFailed: the token is not in the environment.
+        RewardFailed: the token, or the address that the operator gives, is not in the environment.
     """
-    service = term.service
-    assert service is not None, "only terms with a service"  # noqa: S101
+    service, placed = term.service or RewardService(), term.placement == "service"
+    if placed:
+        service = service.model_copy(update={"endpoints": [_given_address(term, path)]})
     token = None
     if service.token_variable is not None:
         token = os.environ.get(service.token_variable)
@@ -193,24 +216,36 @@ def of_term(term: RewardTerm, path: str) -> RemoteScorer:
             )
     endpoints = [Endpoint(url.rstrip("/")) for url in service.endpoints]
     transport = Transport(endpoints, service.timeout_seconds, service.deadline_seconds, token)
-    return RemoteScorer(term.uses or term.name, service, transport)
+    return RemoteScorer(term.uses or term.name, service, transport, placed)
 
 
-def check(terms: Sequence[RewardTerm]) -> None:
+def _given_address(term: RewardTerm, path: str) -> str:
+    given = json.loads(os.environ.get(naming.ENV_REWARD_ENDPOINTS, "{}"))
+    if term.name not in given:
+        raise RewardFailed(
+            f"{path}.placement: got service, and nobody serves {term.name} here; on a cluster the "
+            "operator does. Leave placement out, or serve the reward and give service.endpoints"
+        )
+    return str(given[term.name])
+
+
+def check(terms: Sequence[RewardTerm], stop_requested: Callable[[], bool]) -> None:
     """Whether the services of a job are there: seconds now instead of an error after the model is
-    loaded and the first images are drawn.
+    loaded and the first images are drawn. Those that start with the run are waited for.
 
     Raises:
         RewardFailed: one is not, or serves another reward.
+        Preempted: asked to stop meanwhile.
     """
     for index, term in enumerate(terms):
-        if term.service is not None:
+        if term.is_served:
             path = f"spec.rewards[{index}]"
+            scorer = of_term(term, path)
             try:
-                found = of_term(term, path).description
+                found = scorer.describe(stop_requested)
             except RewardFailed as error:
                 raise RewardFailed(f"{path}.service: {error}") from error
-            log.info("reward %s is served by %s", found.reward, ", ".join(term.service.endpoints))
+            log.info("reward %s is served by %s", found.reward, ", ".join(scorer.service.endpoints))
 
 
 async def _describe(session: aiohttp.ClientSession, url: str) -> wire.Description:

@@ -12,11 +12,14 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
+
+from tempflow_api.errors import Preempted
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ LONGEST_BACK_OFF_SECONDS = 30.0
 clients that return do not come all at once."""
 FAILURES_TO_OPEN = 3
 """One failure is an accident, three in a row are a server that is away."""
+STOP_SECONDS = 0.5
+"""Between two looks whether the process was asked to stop."""
 ANSWER_BYTES = 64 << 20
 """Longest answer that is read."""
 
@@ -131,11 +136,24 @@ class Background:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="reward-client").start()
 
-    def run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """The result of ``work``; an interrupt of the caller cancels it."""
+    def run(
+        self,
+        work: Coroutine[Any, Any, Answer],
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """The result of ``work``; an interrupt of the caller cancels it.
+
+        Raises:
+            Preempted: the caller was asked to stop first.
+        """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
+            while True:
+                done, _ = wait([future], STOP_SECONDS)
+                if done:
+                    return future.result()
+                if stop_requested():
+                    raise Preempted("asked to stop")
         finally:
             future.cancel()
 

@@ -13,6 +13,7 @@ from tests.builders import (
     GangBuilder,
     JobBuilder,
     PodBuilder,
+    ServersBuilder,
     at,
     make_gang,
     make_job,
@@ -34,7 +35,7 @@ class Story:
 
     def look(
         self,
-        *things: GangBuilder | PodBuilder,
+        *things: GangBuilder | PodBuilder | ServersBuilder,
         seconds: float = 0,
         parts: tuple[int, ...] = (),
         reading: Reading | None = None,

@@ -19,7 +19,7 @@ from tempflow_operator.decisions.observed import Snapshot, snapshot, training_jo
 from tempflow_operator.decisions.plan import Action, Create, Delete
 from tempflow_operator.decisions.status import next_status, stored_form
 from tempflow_operator.reconcile import decide
-from tests.builders import T0, UID, Raw, at, make_gang, make_job, make_pod
+from tests.builders import T0, UID, Raw, at, make_gang, make_job, make_pod, make_server
 
 SETTINGS = configuration.Settings()
 NODES = 2
@@ -31,9 +31,13 @@ class World:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.job = make_job().nodes(NODES).max_restarts(2).build()
+        served = [{"name": "digit", "placement": "service"}]
+        self.job = make_job().nodes(NODES).max_restarts(2).spec("rewards", served).build()
         self.gangs: dict[str, Raw] = {}
         self.pods: dict[str, Raw] = {}
+        self.deployments: dict[str, Raw] = {}
+        self.servers: dict[str, Raw] = {}
+        """Pods of the Deployments, by the Deployment's name: one each."""
         self.parts: dict[tuple[str, str], Raw] = {}
         self.used: set[int] = set()
         """Numbers under which a trainer may have run: its pods need Job and ConfigMap."""
@@ -46,7 +50,8 @@ class World:
         return snapshot(
             UID,
             jobs=self.gangs.values(),
-            pods=self.pods.values(),
+            pods=[*self.pods.values(), *self.servers.values()],
+            deployments=self.deployments.values(),
             parts={"Service": services, "ConfigMap": maps},
         )
 
@@ -62,12 +67,17 @@ class World:
                 manifest["status"] = {}
                 assert number not in self.used, "a number under which something ran is used up"
                 self.gangs[action.name] = manifest
+            elif action.kind == "Deployment":
+                assert action.name not in self.deployments
+                self.deployments[action.name] = manifest
             else:
                 self.parts[action.kind, action.name] = manifest
             if action.kind == "ConfigMap":
                 self.used.add(int(manifest["metadata"]["labels"]["tempflow.dev/attempt"]))
         elif action.kind == "Job":
             self.gangs[action.name]["metadata"]["deletionTimestamp"] = at(0)
+        elif action.kind == "Deployment":
+            self.deployments[action.name]["metadata"]["deletionTimestamp"] = at(0)
         else:
             del self.parts[action.kind, action.name]
 
@@ -80,6 +90,17 @@ class World:
         """One round of the Job controller and of the garbage collector."""
         for name, gang in list(self.gangs.items()):
             self._job_controller(name, gang)
+        for name, deployment in list(self.deployments.items()):
+            self._deployment_controller(name, deployment)
+
+    def _deployment_controller(self, name: str, deployment: Raw) -> None:
+        attempt = int(deployment["metadata"]["labels"]["tempflow.dev/attempt"])
+        if "deletionTimestamp" not in deployment["metadata"]:
+            self.servers.setdefault(name, make_server(attempt).build())
+        elif name in self.servers:
+            self._stop([self.servers[name]])
+        else:
+            del self.deployments[name]
 
     def _job_controller(self, name: str, gang: Raw) -> None:
         attempt = int(gang["metadata"]["labels"]["tempflow.dev/attempt"])
@@ -119,6 +140,11 @@ class World:
                 del self.pods[name]
             elif pod["status"]["phase"] == "Pending":
                 make_pod().with_raw(pod).running()
+        for name, pod in list(self.servers.items()):
+            if "deletionTimestamp" in pod["metadata"]:
+                del self.servers[name]
+            elif pod["status"]["phase"] == "Pending":
+                make_pod().with_raw(pod).ready()
 
     def kill_overdue(self) -> None:
         """No kubelet lets a pod live on after its grace period."""
@@ -126,6 +152,9 @@ class World:
             stop_by = pod["metadata"].get("deletionTimestamp", at(self.now + 1))
             if name not in self.lost and stop_by <= at(self.now):
                 del self.pods[name]
+        for name, pod in list(self.servers.items()):
+            if pod["metadata"].get("deletionTimestamp", at(self.now + 1)) <= at(self.now):
+                del self.servers[name]
 
     def live_attempts(self) -> set[int]:
         """Attempts that may still run: on lost nodes nobody knows, the store's fence holds."""
@@ -195,7 +224,7 @@ class Histories(RuleBasedStateMachine):
         assert self.one_pass() == []
         assert self.world.job["status"] == settled, "and nothing to write"
 
-    @rule(calls=st.integers(0, 4))
+    @rule(calls=st.integers(0, 6))
     def operator_dies(self, calls: int) -> None:
         self.one_pass(actions=calls)
 
@@ -272,6 +301,18 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def at_most_one_attempt_lives(self) -> None:
         assert len(self.world.live_attempts()) <= 1
+
+    @invariant()
+    def servers_are_of_one_attempt_and_of_none_at_the_end(self) -> None:
+        deployments = self.world.deployments.values()
+        lasting = [one for one in deployments if "deletionTimestamp" not in one["metadata"]]
+        attempts = {
+            thing["metadata"]["labels"]["tempflow.dev/attempt"]
+            for thing in (*lasting, *self.world.servers.values())
+        }
+        assert len(attempts) <= 1
+        if is_true(self.status.conditions, ConditionType.FINISHED):
+            assert not attempts
 
     @invariant()
     def attempts_only_grow(self) -> None:
