@@ -22,6 +22,7 @@ class Permission(NamedTuple):
 UNUSED_HERE: dict[Permission, str] = {
     Permission("batch", "jobs", "get"): "a create whose answer was lost: whose is the Job?",
     Permission("", "configmaps", "get"): "likewise for the ConfigMap",
+    Permission("apps", "deployments", "get"): "likewise for the Deployment",
     Permission("networking.k8s.io", "networkpolicies", "get"): "likewise for the NetworkPolicy",
     Permission("coordination.k8s.io", "leases", "create"): "somebody has deleted the chart's Lease",
     Permission("events.k8s.io", "events", "patch"): "the same event again after ten minutes",

@@ -240,6 +240,57 @@ def test_a_name_that_somebody_else_has(
     job.delete()
 
 
+def metrics_of_server(admin: Kubectl, namespace: str, pod: str) -> str:
+    """What a reward's server tells Prometheus."""
+    url = f"http://127.0.0.1:{naming.REWARD_PORT}/metrics"
+    program = f"import urllib.request as r; print(r.urlopen('{url}').read().decode())"
+    return admin.run("exec", pod, "-n", namespace, "--", "python", "-c", program)
+
+
+def test_a_reward_that_the_operator_serves(
+    user: Kubectl, team: str, s3: S3Server, cluster: Target
+) -> None:
+    """First with an image that does not exist, which is corrected while the job is suspended."""
+    reward, nowhere = "digit-log-probability", "localhost/nowhere:1"
+    job = submit(
+        *(user, team, s3, "served"),
+        **{"rewards[0].placement": "service"},
+        compute__rewardPods=f'[{{reward: {reward}, image: "{nowhere}"}}]',
+        compute__nodes=1,
+        algorithm__epochs=8,
+        checkpoint__everyEpochs=4,
+    )
+    why = job.wait_reason(ConditionType.RUNNING, Reason.IMAGE_PULL_FAILED, deadline_seconds=60)
+    assert why.message.startswith(f"reward {reward}: pod served-a1-r0-")
+    assert nowhere in why.message
+    job.patch('{"spec": {"runPolicy": {"suspend": true}}}')
+    job.wait(ConditionType.SUSPENDED, deadline_seconds=60)
+    assert not job.live_pods()
+
+    job.patch('{"spec": {"runPolicy": {"suspend": false}, "compute": {"rewardPods": []}}}')
+    mark = f"{naming.LABEL_JOB_NAME}={job.name},{naming.LABEL_REWARD}={reward}"
+
+    def scored() -> bool:
+        (pod, *_) = user.items("pods", "-l", mark, namespace=team) or [{}]
+        containers = pod.get("status", {}).get("containerStatuses") or [{"ready": False}]
+        if not containers[0]["ready"]:
+            return False
+        told = metrics_of_server(cluster.kubectl, team, pod["metadata"]["name"])
+        return f'images_total{{outcome="scored",reward="{reward}"}}' in told
+
+    wait_for("scores of the service", scored, deadline_seconds=120)
+    assert f"serves {reward} at" in user.run("logs", "-l", mark, "-n", team, "--tail=-1")
+    job.wait(ConditionType.FINISHED, deadline_seconds=120)
+
+    status = job.status()
+    assert [attempt.outcome for attempt in status.attempts] == ["Suspended", "Succeeded"]
+    assert (status.restarts.failures, status.restarts.disruptions) == (0, 0)
+    assert not job.live_pods()
+    left = cluster.kubectl.items("deployments,services", "-l", mark, namespace=team)
+    assert not left
+    job.delete()
+
+
 def test_the_operator_needs_each_of_its_permissions_and_no_other(
     request: pytest.FixtureRequest, cluster: Target, release: Release
 ) -> None:

@@ -292,7 +292,7 @@ class TestRefusals:
             (
                 ("name: digit-ink", "name: digit-ink\n      placement: service"),
                 (
-                    ":37: spec.rewards[1].placement: got service: on a cluster the operator serves "
+                    ":32: spec.rewards[1].placement: got service: on a cluster the operator serves "
                     "it; here, remove the field to score in the trainer's processes, or serve the "
                     "reward and give service.endpoints"
                 ),
