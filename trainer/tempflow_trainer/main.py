@@ -112,12 +112,7 @@ def build_run(
         RewardFailed: a reward that does not exist, or compares draws where there is one.
     """
     algorithm, sampling = spec.algorithm, spec.sampling
-    if algorithm.guidance_gradient == "conditional" and not model.classifier_free:
-        problem = Problem(
-            "spec.algorithm.guidanceGradient",
-            f"is both for {spec.model.source}: it guides itself, without an unconditional velocity",
-        )
-        raise ManifestInvalid("the job", [problem])
+    require_guidance(spec, model)
     set_memory_savers(spec, model)
     tuning = tuning_of(spec, model)
     if spec.compute.strategy == "shard" and ranks.world > 1:
@@ -174,6 +169,20 @@ def build_run(
         stop_requested=stop_requested,
         groups_per_rollout=groups_per_rollout(spec, ranks.world),
     )
+
+
+def require_guidance(spec: JobSpec, model: FlowModel) -> None:
+    """Whether a model guides itself is said by its configuration, which no rule can read.
+
+    Raises:
+        ManifestInvalid: guidance that this model does not have.
+    """
+    if spec.algorithm.guidance_gradient == "conditional" and not model.classifier_free:
+        problem = Problem(
+            "spec.algorithm.guidanceGradient",
+            f"is both for {spec.model.source}: it guides itself, without an unconditional velocity",
+        )
+        raise ManifestInvalid("the job", [problem])
 
 
 def groups_per_rollout(spec: JobSpec, world: int) -> int | None:
