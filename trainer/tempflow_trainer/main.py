@@ -50,7 +50,7 @@ from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
-from tempflow_trainer.store import open_store, probe_when_it_answers
+from tempflow_trainer.store import open_store, when_it_answers
 from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def train(
     if spec.compute.preflight:
         preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
     elif ranks.is_first:
-        probe_when_it_answers(store)
+        when_it_answers(store.probe)
     tail.connect(work, store)
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
