@@ -1,4 +1,4 @@
-"""Wheels of a user's own package, made by hand: a wheel is an archive with three records in it."""
+"""Wheels of a user's own package, made by hand: a wheel is an archive that describes itself."""
 
 import hashlib
 import io
@@ -26,6 +26,8 @@ def wheel(*requires: str, name: str = "my-rewards", pure: bool = True) -> bytes:
         f"{told}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: {str(pure).lower()}\nTag: any\n",
         f"{told}/entry_points.txt": f"[tempflow.rewards]\nwarmth = {module}:Warmth\n",
     }
+    record = f"{told}/RECORD"
+    contents[record] = "".join(f"{path},,\n" for path in [*contents, record])
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for path, content in contents.items():
