@@ -250,11 +250,12 @@ def metrics_of_server(admin: Kubectl, namespace: str, pod: str) -> str:
 def test_a_reward_that_the_operator_serves(
     user: Kubectl, team: str, s3: S3Server, cluster: Target
 ) -> None:
-    """First with an image that does not exist, which is corrected while the job is suspended."""
+    """One of two. First with an image that does not exist, which is corrected while the job is
+    suspended."""
     reward, nowhere = "digit-log-probability", "localhost/nowhere:1"
     job = submit(
         *(user, team, s3, "served"),
-        **{"rewards[0].placement": "service"},
+        rewards=f"[{{name: {reward}, placement: service}}, {{name: digit-ink}}]",
         compute__rewardPods=f'[{{reward: {reward}, image: "{nowhere}"}}]',
         compute__nodes=1,
         algorithm__epochs=8,

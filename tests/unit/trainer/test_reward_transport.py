@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempflow_trainer.rewards import transport
-from tempflow_trainer.rewards.transport import FAILURES_TO_OPEN, Breaker, Endpoint, back_off, choose
+from tempflow_trainer.rewards.transport import (
+    FAILURES_TO_OPEN,
+    Breaker,
+    Endpoint,
+    Transport,
+    back_off,
+    choose,
+)
 
 
 def broken(failures: int, now: float = 0.0) -> Breaker:
@@ -46,6 +53,18 @@ def test_a_breaker_never_stays_open_for_longer_than_the_longest_pause(failures: 
     breaker.failures = failures
     breaker.failed(5.0)
     assert breaker.admits(5.0 + transport.LONGEST_BACK_OFF_SECONDS)
+
+
+@pytest.mark.parametrize("failures", [FAILURES_TO_OPEN, 10, 10_000])
+def test_a_server_that_is_starting_is_asked_often(failures: int) -> None:
+    waiting = Transport([Endpoint("http://a")], 60.0, 600.0).patient(600.0)
+    [endpoint] = waiting.endpoints
+    endpoint.breaker.failures = failures
+    endpoint.breaker.failed(5.0)
+    assert endpoint.breaker.admits(5.0 + transport.STARTING_BACK_OFF_SECONDS)
+    longest = waiting.longest_back_off_seconds
+    assert back_off(failures, None, lambda: 0.99, longest) <= transport.STARTING_BACK_OFF_SECONDS
+    assert transport.STARTING_BACK_OFF_SECONDS < transport.LONGEST_BACK_OFF_SECONDS
 
 
 @given(

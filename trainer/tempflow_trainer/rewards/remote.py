@@ -66,11 +66,12 @@ class RemoteScorer:
         """
         # One that starts with the run has its image to pull and its model to load. An address that
         # is wrong should not take so long to be seen.
-        service = self.service
-        seconds = service.deadline_seconds if self.placed else service.timeout_seconds
-        patience = replace(self.transport, deadline_seconds=seconds)
+        if self.placed:
+            transport = self.transport.patient(self.service.deadline_seconds)
+        else:
+            transport = replace(self.transport, deadline_seconds=self.service.timeout_seconds)
         try:
-            found = self.transport.background.run(patience.exchange(_describe), stop_requested)
+            found = transport.background.run(transport.exchange(_describe), stop_requested)
         except ServiceFailed as error:
             raise RewardFailed(
                 f"the service of reward {self.serves} is not there: {error}; {self._remedy}"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -29,6 +29,9 @@ FIRST_BACK_OFF_SECONDS = 0.2
 LONGEST_BACK_OFF_SECONDS = 30.0
 """A server that loads its model anew takes minutes; half a minute more is not felt, and hundreds of
 clients that return do not come all at once."""
+STARTING_BACK_OFF_SECONDS = 4.0
+"""Instead, for a server that starts together with those who wait for it: they have nothing else to
+do, and it has nobody to serve."""
 FAILURES_TO_OPEN = 3
 """One failure is an accident, three in a row are a server that is away."""
 STOP_SECONDS = 0.5
@@ -57,6 +60,7 @@ class Breaker:
     is over one request may try, and its outcome closes the breaker or opens it for twice as long.
     """
 
+    longest_seconds: float = LONGEST_BACK_OFF_SECONDS
     failures: int = 0
     opened_until: float = 0.0
     probing: bool = False
@@ -79,7 +83,7 @@ class Breaker:
         self.failures, self.probing = self.failures + 1, False
         if not self.closed:
             doubled = FIRST_BACK_OFF_SECONDS * 2.0 ** min(self.failures, 20)
-            self.opened_until = now + min(doubled, LONGEST_BACK_OFF_SECONDS)
+            self.opened_until = now + min(doubled, self.longest_seconds)
 
 
 @dataclass
@@ -122,11 +126,16 @@ def choose(endpoints: Sequence[Endpoint], now: float) -> Endpoint | None:
     )
 
 
-def back_off(attempt: int, retry_after: float | None, draw: Callable[[], float]) -> float:
+def back_off(
+    attempt: int,
+    retry_after: float | None,
+    draw: Callable[[], float],
+    longest_seconds: float = LONGEST_BACK_OFF_SECONDS,
+) -> float:
     """Seconds to wait after ``attempt`` attempts: a random share of a doubling bound
     (full jitter), never less than the server asked for, never more than the longest."""
-    bound = min(FIRST_BACK_OFF_SECONDS * 2.0 ** min(attempt, 20), LONGEST_BACK_OFF_SECONDS)
-    return min(max(draw() * bound, retry_after or 0.0), LONGEST_BACK_OFF_SECONDS)
+    bound = min(FIRST_BACK_OFF_SECONDS * 2.0 ** min(attempt, 20), longest_seconds)
+    return min(max(draw() * bound, retry_after or 0.0), longest_seconds)
 
 
 class Background:
@@ -174,9 +183,20 @@ class Transport:
     deadline_seconds: float
     """Of one call with all its attempts."""
     token: str | None = None
+    longest_back_off_seconds: float = LONGEST_BACK_OFF_SECONDS
     background: Background = field(default_factory=Background)
     draw: Callable[[], float] = random.Random().random  # noqa: S311 (jitter is no secret)
     _session: aiohttp.ClientSession | None = None
+
+    def patient(self, seconds: float) -> "Transport":
+        """For the first answer of servers that are starting: so long, and asked often."""
+        longest = STARTING_BACK_OFF_SECONDS
+        return replace(
+            self,
+            endpoints=[Endpoint(end.url, Breaker(longest)) for end in self.endpoints],
+            deadline_seconds=seconds,
+            longest_back_off_seconds=longest,
+        )
 
     async def exchange(
         self, ask: Callable[[aiohttp.ClientSession, str], Awaitable[Answer]]
@@ -206,7 +226,8 @@ class Transport:
             except (aiohttp.ClientError, OSError) as error:
                 last = f"{endpoint.url}: {error or type(error).__name__}"
             # One round over all endpoints is one attempt of the service.
-            pause = back_off(attempt // len(self.endpoints), retry_after, self.draw)
+            turn, longest = attempt // len(self.endpoints), self.longest_back_off_seconds
+            pause = back_off(turn, retry_after, self.draw, longest)
             log.warning("%s; attempt %d, the next one in %.1f s", last, attempt, pause)
             await asyncio.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         raise ServiceFailed(
