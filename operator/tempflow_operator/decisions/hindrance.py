@@ -32,8 +32,8 @@ def of_attempt(seen: Snapshot, attempt: int) -> Hindrance | None:
 
 
 def of_servers(seen: Snapshot, attempt: int) -> Hindrance | None:
-    """Of the first reward by position that has no server which is ready and something to tell."""
-    for servers in sorted(seen.servers_of(attempt), key=lambda servers: servers.name):
+    """Of the first reward by name that has no server which is ready, and something to tell."""
+    for servers in sorted(seen.servers_of(attempt), key=lambda servers: servers.reward):
         told = _of_reward(servers, seen.pods_serving(attempt, servers.reward))
         if told is not None:
             return Hindrance(told.reason, f"reward {servers.reward}: {told.message}")

@@ -201,9 +201,8 @@ def _attempt_runs(
     if gang.queued:
         return _Fact(False, Reason.QUEUED, "the queue has not admitted this attempt")
     running, complete = hindrance.how_many_run(gang, pods)
-    told = hindrance.of_servers(seen, ledger.attempt) if complete else None
-    if told is None and not complete:
-        told = hindrance.of_attempt(seen, ledger.attempt)
+    look = hindrance.of_servers if complete else hindrance.of_attempt
+    told = look(seen, ledger.attempt)
     if told is not None:
         return _Fact(False, told.reason, told.message)
     if complete:

@@ -12,7 +12,7 @@ import yaml
 from tempflow_api import naming
 from tempflow_operator import desired
 from tempflow_operator.settings import Pods
-from tempflow_trainer.rewards import serve
+from tempflow_trainer.rewards import serve, wire
 from tests.builders import UID, JobBuilder, Raw, make_job
 
 GOLDEN = Path(__file__).parent / "golden" / "served.yaml"
@@ -154,6 +154,8 @@ def test_the_server_understands_its_arguments() -> None:
     assert full.port == port["containerPort"]
     grace = deployment()["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert full.drain < grace
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container()[probe]["httpGet"]["path"] == wire.HEALTH_PATH
 
 
 def test_what_the_pods_ask_for() -> None:
