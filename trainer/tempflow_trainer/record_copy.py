@@ -46,7 +46,9 @@ class RecordCopy:
             return
         for key in self._store.find(layout.RECORD):
             if not _is_log(key):
-                self._store.get(key, self._folder / key)
+                file = self._folder / key
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(self._store.read(key))
 
     def _in_place(self) -> bool:
         return Path(self._store.uri) == self._folder.absolute()

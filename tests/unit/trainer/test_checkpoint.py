@@ -83,6 +83,29 @@ def test_what_is_saved_is_loaded(store: Store, tmp_path: Path) -> None:
     assert not list((tmp_path / "staging").iterdir())
 
 
+def test_what_was_read_to_choose_is_not_read_again(tmp_path: Path) -> None:
+    """A resume costs one transfer; a second load is a new one."""
+    read: list[str] = []
+
+    class Counting(FolderStore):
+        def get(self, key: str, file: Path, size: int) -> str:
+            read.append(key)
+            return super().get(key, file, size)
+
+    run = of(Counting(tmp_path / "store"), tmp_path)
+    for step in (1, 2):
+        run.save(state(step), export)
+    found = run.newest_sound()
+    assert found is not None
+    once = len(read)
+    assert_equal(run.load(found), state(2))
+    assert len(read) == once == len(set(read)) > 0
+    assert_equal(run.load(found), state(2))
+    assert len(read) == 2 * once
+    run.newest_sound()
+    assert run.load(f"checkpoints/{layout.folder_name(1, 1)}").epochs_done == 1, "not the other one"
+
+
 def test_a_run_without_checkpoints_has_none(store: Store, tmp_path: Path) -> None:
     assert of(store, tmp_path).newest_sound() is None
 
@@ -387,7 +410,7 @@ def test_a_restored_optimizer_keeps_the_rate_of_the_job() -> None:
 
 def test_a_store_that_does_not_answer_is_not_a_damaged_checkpoint(tmp_path: Path) -> None:
     class Silent(FolderStore):
-        def get(self, key: str, file: Path) -> None:
+        def get(self, key: str, file: Path, size: int) -> str:
             raise StoreUnavailable(f"cannot read {key}: no answer")
 
     of(FolderStore(tmp_path / "run"), tmp_path).save(state(1), export)
