@@ -59,8 +59,23 @@ class State:
     """Counters of the whole run so far, for its summary."""
 
 
-def host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in memory, which training does not change any more."""
+def snapshot(
+    trained: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: bool = True,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Copies in memory of weights, average and optimizer, which training does not change any more:
+    all that it waits for. All ranks have to ask; one that does not keep them gets nothing."""
+    return (
+        _host_copy(sharding.gathered(trained, keep=keep)),
+        _host_copy(sharding.gathered(average, keep=keep)),
+        optimizer_tensors(optimizer, list(trained), keep=keep),
+    )
+
+
+def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
@@ -77,7 +92,7 @@ def optimizer_tensors(
         for key, value in values.items():
             tensor = sharding.whole(torch.as_tensor(value))
             if keep:
-                found[f"{key}/{names[index]}"] = tensor.cpu().clone()
+                found[f"{key}/{names[index]}"] = tensor.to("cpu", copy=True)
     return found
 
 
@@ -141,6 +156,14 @@ class Checkpoints:
         self.ledger = Ledger.claim(self.store, self.attempt, self._soundest)
         self.parent = self.ledger.newest.resumed_from
         return f"{layout.CHECKPOINTS}/{self.parent}" if self.parent else None
+
+    def check(self) -> None:
+        """Ask whether the run is still this start's.
+
+        Raises:
+            Fenced: it is not.
+        """
+        self._claimed().check()
 
     def save(
         self,

@@ -17,6 +17,7 @@ from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
 from tempflow_api.retention import Retention
 from tempflow_trainer import checkpoint
 from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.record_copy import RecordCopy
 from tempflow_trainer.store import FolderStore, Store
 
 
@@ -416,3 +417,27 @@ def test_a_store_that_does_not_answer_is_not_a_damaged_checkpoint(tmp_path: Path
     of(FolderStore(tmp_path / "run"), tmp_path).save(state(1), export)
     with pytest.raises(StoreUnavailable, match="no answer"):
         of(Silent(tmp_path / "run"), tmp_path).newest_sound()
+
+
+def test_a_start_that_was_taken_over_leaves_the_record_alone(tmp_path: Path) -> None:
+    """It wakes up between two files, of the same attempt."""
+    store = FolderStore(tmp_path / "store")
+    files = (layout.EVALUATIONS, layout.METRICS)
+
+    def copied(who: str, asked: Callable[[], None]) -> RecordCopy:
+        for file in files:
+            (tmp_path / who / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / who / file).write_text(who)
+        return RecordCopy(tmp_path / who, store, asked)
+
+    older = of(store, tmp_path)
+
+    def paused_before_the_second() -> None:
+        if store.find(layout.RECORD):
+            newer = of(store, tmp_path)
+            copied("newer", newer.check).send()
+        older.check()
+
+    with pytest.raises(Fenced):
+        copied("older", paused_before_the_second).send()
+    assert [store.read(file) for file in files] == [b"newer", b"newer"]
