@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
-from tempflow.checkpoints import Step
+from tempflow.checkpoints import Step, Store
 from tempflow.cluster import logs as log_reading
+from tempflow.cluster import reader_pod
 from tempflow.cluster.connection import (
     CONFIG_MAPS,
     EVENTS,
@@ -24,6 +26,7 @@ from tempflow.cluster.errors import (
     WaitTimeout,
 )
 from tempflow.cluster.job import Event, Job, JobEvent, LogLine, concerns, event_of
+from tempflow.cluster.reader import reader
 from tempflow.cluster.submission import Prompts, prepare
 from tempflow.cluster.watching import Patience, changes, every
 from tempflow.manifest import Manifest
@@ -382,6 +385,48 @@ class Client:
         from tempflow import checkpoints
 
         return checkpoints.steps(checkpoints.open_store(*self.store_of(name)))
+
+    @contextmanager
+    def store_inside(
+        self,
+        name: str,
+        *,
+        image: str | None = None,
+        on_start: Callable[[str], None] = lambda _pod: None,
+    ) -> Iterator[Store]:
+        """The store of the job's run, read from inside the cluster, where it may be all that can.
+
+        A pod like the job's own, but without GPUs, reads it, and what it reads comes here through
+        the API server; the pod is deleted at the end of the block. ``image`` is the trainer's;
+        without it, that of the job. Raises NotFound where that cannot be known any more, Forbidden
+        without the role ``tempflow-via-cluster``, and WaitTimeout when the pod does not start.
+        """
+        from tempflow import checkpoints
+
+        job = self.get(name)
+        uri, _, _ = self.store_of(name)
+        described = job.spec.checkpoint.model_copy(update={"uri": uri})
+        with reader(
+            self._connection,
+            job.spec,
+            described,
+            namespace=job.namespace,
+            image=image or self._image_of(job),
+            owner=dict(job.raw),
+            give_up_seconds=self._give_up_seconds,
+            on_start=on_start,
+        ) as files:
+            yield checkpoints.Store(files, uri.removeprefix("s3://"), uri)
+
+    def _image_of(self, job: Job) -> str:
+        image = job.spec.compute.image or reader_pod.image_of(self._pods(job))
+        if image is None:
+            raise NotFound(
+                f"job {job.namespace}/{job.name} names no spec.compute.image, and its pods are "
+                "gone: say with --image which image of the trainer is to read its store",
+                404,
+            )
+        return image
 
     def store_of(self, name: str) -> tuple[str, str | None, str | None]:
         """Where the job's run is stored: address, endpoint and region."""

@@ -24,8 +24,10 @@ from kubernetes.config import (
     load_incluster_config,
     load_kube_config,
 )
+from websocket import WebSocketBadStatusException, WebSocketException
 
 from tempflow.cluster.errors import ClusterError, Unauthorized, Unreachable, refusal
+from tempflow.cluster.tunnel import Tunnel, open_websocket
 from tempflow_api import naming
 
 Raw = dict[str, Any]
@@ -133,6 +135,16 @@ class Connection:
         finally:
             raw.close()
 
+    def port(self, namespace: str, pod: str, number: int, *, what: str) -> Tunnel:
+        """A new connection to a port of the pod, as ``kubectl port-forward`` has it."""
+        path = PODS.path(namespace, pod, "portforward")
+        _, url, headers, *_ = self._request("GET", path, {"ports": str(number)}, None, {})
+        try:
+            with self._errors(what):
+                return Tunnel(open_websocket(self._api.configuration, url, headers, READ_SECONDS))
+        except WebSocketBadStatusException as error:
+            raise _refused(error.status_code, error.resp_body or b"", what) from error
+
     def _lines(self, raw: urllib3.HTTPResponse, what: str, *, with_rest: bool) -> Iterator[bytes]:
         rest = b""
         with self._errors(what):
@@ -153,12 +165,24 @@ class Connection:
         timeout: tuple[float, float | None],
     ) -> Any:
         headers = {"Accept": accept}
-        parameters = list((query or {}).items())
         if body is not None:
             headers["Content-Type"] = content_type
+        call = self._request(method, path, query, body, headers)
+        return self._api.call_api(*call, _request_timeout=timeout)  # type: ignore[misc]
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: object,
+        headers: dict[str, str],
+    ) -> tuple[Any, ...]:
+        """Method, URL, headers with who asks, and body."""
+        parameters = list((query or {}).items())
         if method in ("POST", "PUT", "PATCH"):
             parameters.append(("fieldManager", FIELD_MANAGER))
-        call = self._api.param_serialize(
+        return self._api.param_serialize(
             method,
             path,
             query_params=parameters,
@@ -166,7 +190,6 @@ class Connection:
             body=body,
             auth_settings=["BearerToken"],
         )
-        return self._api.call_api(*call, _request_timeout=timeout)
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -175,7 +198,9 @@ class Connection:
             yield
         except ClusterError:
             raise
-        except (urllib3.exceptions.HTTPError, OSError, ApiException) as error:
+        except WebSocketBadStatusException:
+            raise  # an answer
+        except (urllib3.exceptions.HTTPError, OSError, ApiException, WebSocketException) as error:
             raise Unreachable(
                 f"{what}: no answer from {self.server} ({_cause(error)}): is the cluster up, and "
                 "the right --context chosen?"
