@@ -14,6 +14,7 @@ from tempflow.cluster.connection import (
     JOBS,
     MERGE_PATCH,
     PODS,
+    READ_SECONDS,
     Connection,
     Raw,
     connect,
@@ -28,7 +29,7 @@ from tempflow.cluster.errors import (
 from tempflow.cluster.job import Event, Job, JobEvent, LogLine, concerns, event_of
 from tempflow.cluster.reader import reader
 from tempflow.cluster.submission import Prompts, prepare
-from tempflow.cluster.watching import Patience, changes, every
+from tempflow.cluster.watching import Patience, changes, every, passes
 from tempflow.manifest import Manifest
 from tempflow_api import naming
 from tempflow_api.conditions import ConditionType
@@ -172,9 +173,12 @@ class Client:
 
     def get(self, name: str, *, namespace: str | None = None) -> Job:
         """Raises NotFound."""
+        return self._get(name, READ_SECONDS, namespace)
+
+    def _get(self, name: str, read_seconds: float, namespace: str | None = None) -> Job:
         target = namespace or self.namespace
-        what = f"job {target}/{name}"
-        return Job(self._connection.send("GET", JOBS.path(target, name), what=what))
+        path, what = JOBS.path(target, name), f"job {target}/{name}"
+        return Job(self._connection.send("GET", path, what=what, read_seconds=read_seconds))
 
     def list(self, *, all_namespaces: bool = False, selector: str = "") -> Sequence[Job]:
         """By namespace and name; ``selector`` is a label selector."""
@@ -220,11 +224,16 @@ class Client:
         uid, version = first.uid, ""
         while True:
             try:
-                job = self.get(name)
+                job = self._get(name, _seconds_left(deadline))
                 patience.answered()
             except NotFound as error:
                 raise NotFound(f"job {self.namespace}/{name} was deleted", 404) from error
             except ClusterError as error:
+                if deadline is not None and time.monotonic() >= deadline and passes(error):
+                    raise WaitTimeout(
+                        f"job {self.namespace}/{name}: not {kind} after {timeout_seconds:.0f} s, "
+                        f"as far as is known: {error}"
+                    ) from error
                 patience.endure(error)
                 continue
             if job.uid != uid:
@@ -434,6 +443,13 @@ class Client:
         kept = job.spec.checkpoint
         uri = f"{(kept.uri or '').rstrip('/')}/{job.run_folder}"
         return uri, kept.endpoint_url, kept.region
+
+
+def _seconds_left(deadline: float | None) -> float:
+    """For an answer: at least a second, as what is over by then may be what was waited for."""
+    if deadline is None:
+        return READ_SECONDS
+    return min(READ_SECONDS, max(1.0, deadline - time.monotonic()))
 
 
 def _reached(job: Job, kind: ConditionType) -> bool:

@@ -26,7 +26,7 @@ from kubernetes.config import (
 )
 from websocket import WebSocketBadStatusException, WebSocketException
 
-from tempflow.cluster.errors import ClusterError, Unauthorized, Unreachable, refusal
+from tempflow.cluster.errors import ClusterError, Silent, Unauthorized, Unreachable, refusal
 from tempflow.cluster.tunnel import Tunnel, open_websocket
 from tempflow_api import naming
 
@@ -90,11 +90,12 @@ class Connection:
         body: object = None,
         content_type: str = JSON,
         accept: str = JSON,
+        read_seconds: float = READ_SECONDS,
     ) -> Raw:
         """One request and its JSON; ``what`` names its object in errors."""
         with self._errors(what):
             response = self._open(
-                method, path, query, body, content_type, accept, (CONNECT_SECONDS, READ_SECONDS)
+                method, path, query, body, content_type, accept, (CONNECT_SECONDS, read_seconds)
             )
             text = bytes(response.read())
         return _answer(response.status, text, what)
@@ -122,7 +123,7 @@ class Connection:
         """Lines of a GET as they arrive; what comes after the last line's end only if asked for.
 
         The iterator ends when the server ends the answer, and raises Unreachable when the
-        connection breaks, or says nothing for ``idle_seconds``.
+        connection breaks, of that Silent when it says nothing for ``idle_seconds``.
         """
         with self._errors(what):
             timeout = (CONNECT_SECONDS, idle_seconds)
@@ -148,9 +149,12 @@ class Connection:
     def _lines(self, raw: urllib3.HTTPResponse, what: str, *, with_rest: bool) -> Iterator[bytes]:
         rest = b""
         with self._errors(what):
-            for block in raw.stream(1 << 16):
-                *whole, rest = (rest + block).split(b"\n")
-                yield from whole
+            try:
+                for block in raw.stream(1 << 16):
+                    *whole, rest = (rest + block).split(b"\n")
+                    yield from whole
+            except urllib3.exceptions.ReadTimeoutError as error:
+                raise Silent(f"{what}: nothing comes from {self.server}") from error
         if with_rest and rest:
             yield rest
 
