@@ -115,6 +115,8 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     assert {states[check] for check in ("api server", "resource definition", "rights")} == {"ok"}
     tempflow("init", "--preset", "digits", "--out", "job.yaml")
     shorten(tempflow.folder / "job.yaml")
+    inside = probed(tempflow, store, images)
+    assert (inside["objects"], inside["storage inside"]) == ("unknown", "ok"), inside
     told = tempflow("submit", "job.yaml", *in_team, *store)
     assert told == f"{tempflow.namespace}/digits: submitted; next: tempflow status digits\n"
     say("submitted")
@@ -154,6 +156,15 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     say("pulled, drawn and told")
     assert tempflow("delete", "digits", "--timeout", "2m", *in_team) == "digits: deleted\n"
     assert tempflow("list", "-o", "name", *in_team) == ""
+
+
+def probed(tempflow: Laptop, store: tuple[str, ...], images: ProjectImages) -> dict[str, str]:
+    """What the doctor says of the manifest; whether the Secret is there, this user may not see."""
+    whole = tempflow("validate", "job.yaml", "-o", "yaml", *store)
+    (tempflow.folder / "whole.yaml").write_text(whole)
+    probe = ("--probe", "--image", images.trainer, "-n", tempflow.namespace)
+    examined = json.loads(tempflow("doctor", "whole.yaml", "-o", "json", *probe))
+    return {finding["check"]: finding["state"] for finding in examined}
 
 
 def pulled_from_inside(tempflow: Laptop) -> None:

@@ -1,12 +1,8 @@
-"""A store that only the cluster reaches, read through a real API server and a reader as in a pod.
-
-What a scheduler and a kubelet do about the pod is done here.
-"""
+"""A store that only the cluster reaches, read through a real API server and a reader."""
 
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,7 @@ from tempflow.cluster import reader_pod
 from tempflow.cluster.errors import ClusterError
 from tempflow_api import naming
 from tempflow_api.errors import StoreUnavailable
-from tempflow_trainer.reader import Reader, store_of
-from tempflow_trainer.store import FolderStore
+from tempflow_trainer.reader import store_of
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.client_objects import (
     RUNNING_POD,
@@ -28,71 +23,18 @@ from tests.cluster.client_objects import (
     add_node,
     add_pod,
     digits,
-    pod_status,
 )
 from tests.cluster.kubectl import JsonObject
 from tests.cluster.kubelet import Kubelet
+from tests.cluster.reader_node import IMAGE, NODE, Node, readers, taking_readers
 from tests.cluster.waiting import wait_for
 from tests.unit.sdk import stored_runs
 
 pytestmark = pytest.mark.cluster
 
 JOB = "kept"
-IMAGE = "localhost/none"
 SECRET = "store-credentials"
 ACCOUNT = "may-reach-the-store"
-NODE = "reader-node"
-
-
-@dataclass
-class Node:
-    """Takes reader pods, and lets them run or not."""
-
-    api: ApiServer
-    kubelet: Kubelet
-    reader: Reader
-    state: JsonObject = field(default_factory=lambda: RUNNING_POD)
-    phase: str = "Running"
-    """What becomes of the next pod; empty leaves it pending."""
-    seen: list[JsonObject] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def work(self) -> None:
-        while not self.over.wait(0.2):
-            try:
-                pods = readers(self.api)
-            except Exception:
-                continue
-            for pod in pods:
-                if pod["metadata"]["name"] not in self.names():
-                    self.take(pod)
-
-    def names(self) -> list[str]:
-        return [pod["metadata"]["name"] for pod in self.seen]
-
-    def take(self, pod: JsonObject) -> None:
-        name = pod["metadata"]["name"]
-        self.seen.append(pod)
-        if not self.phase:
-            return
-        binding = {
-            "apiVersion": "v1",
-            "kind": "Binding",
-            "metadata": {"name": name},
-            "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
-        }
-        path = f"/api/v1/namespaces/default/pods/{name}/binding"
-        self.api.kubectl.run("create", "--raw", path, "-f", "-", stdin=json.dumps(binding))
-        self.kubelet.ports[name] = self.reader.port
-        status = pod_status(self.phase, self.state)
-        status["containerStatuses"][0].update(name=naming.ROLE_READER, image=IMAGE)
-        self.api.write_status("Pod", name, status)
-
-
-def readers(api: ApiServer) -> list[JsonObject]:
-    """Those that nobody has deleted; a kubelet that stops them there is not."""
-    pods = api.kubectl.items("pods", "-l", f"{naming.LABEL_ROLE}={naming.ROLE_READER}")
-    return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +57,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def node(api: ApiServer, kubelet: Kubelet, run: Path) -> Iterator[Node]:
-    node = Node(api, kubelet, Reader(FolderStore(run), port=0))
-    threads = [threading.Thread(target=node.work), threading.Thread(target=node.reader.serve)]
-    for thread in threads:
-        thread.start()
-    yield node
-    node.over.set()
-    node.reader.stop()
-    for thread in threads:
-        thread.join()
-    api.kubectl.run(
-        *("delete", "pods", "-l", f"{naming.LABEL_ROLE}={naming.ROLE_READER}"),
-        *("--force", "--grace-period=0", "--wait=false"),
-    )
+    with taking_readers(api, kubelet, run) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")
