@@ -153,6 +153,16 @@ class RewardTerm(Section):
     """Score by asking a service instead of in the trainer's processes."""
 
 
+class Package(Section):
+    """Code of your own, in the form in which Python ships it."""
+
+    uri: Annotated[str, Field(max_length=1024, pattern=r"^s3://[a-z0-9][a-z0-9.-]+/.+\.whl$")]
+    """``s3://bucket/….whl``: a wheel of pure Python, in the store that ``spec.checkpoint``
+    describes. What it requires has to be in the trainer's image, or in another of these."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", min_length=64, max_length=64)]
+    """Of the wheel, as ``sha256sum`` prints it: what was tried is what runs, and nothing else."""
+
+
 class Optimizer(Section):
     """AdamW."""
 
@@ -358,6 +368,9 @@ class JobSpec(Section):
     algorithm: Algorithm = Algorithm()
     rewards: Annotated[list[RewardTerm], Field(min_length=1, max_length=32)]
     """Scorers, by unique name; at least one with a weight."""
+    packages: Annotated[list[Package], Field(max_length=16)] = []
+    """Wheels that every process can import from, for instance with rewards in them; the first one
+    wins."""
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     self_test: SelfTest = SelfTest()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TRAINER = Path("trainer/tempflow_trainer")
-CATCH_SECONDS = 300
+CATCH_SECONDS = 900
 
 
 @dataclass(frozen=True)

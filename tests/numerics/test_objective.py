@@ -86,6 +86,33 @@ def test_one_forward_for_all_draws_has_the_gradient_of_one_forward_each(
     torch.testing.assert_close(shared, repeated, rtol=1e-4, atol=1e-6 * float(shared.norm()))
 
 
+def test_it_is_the_gradient_of_a_rollout_that_keeps_its_graphs() -> None:
+    """ "Retain" of LeanGRPO (arXiv 2609.03528): the trunk's own forward at a step is kept until the
+    rewards of its draws are known. No second forward and no ratio are in it."""
+    experience, walker, tuning = learned()
+    objective = Objective(clip_range=1e-4, kl_coefficient=0.0)
+    shared, _ = gradient_of(objective, experience, walker, tuning)
+    schedule, jumps = (
+        walker.schedule,
+        walker.transitions(plan(method="tempflow", total_steps=6, branch_steps=[], draws=4)),
+    )
+    by_step = [experience.rows(torch.arange(k, len(experience), 5)) for k in range(5)]
+    conditioning = walker.policy.model.encode(PROMPTS)
+    trunk, score = by_step[0].states_BCHW, torch.zeros(())
+    for k, rows in enumerate(by_step):
+        sigma_B = schedule.sigmas[k].float().expand(GROUPS)
+        velocity = walker.policy.velocity(trunk, sigma_B, conditioning, purpose="rollout")
+        mean = float(jumps.x_factor_S[k]) * trunk + float(jumps.v_factor_S[k]) * velocity
+        std = float(jumps.noise_std_S[k])
+        away_BK = ((rows.draws_BKCHW - mean[:, None]) / std).square().flatten(2).mean(dim=2)
+        score = score + (rows.weight_B[:, None] * rows.advantages_BK * away_BK / 2).sum()
+        trunk = trunk + float(schedule.dt_T[k]) * velocity.detach()
+    parameters = list(tuning.parameters().values())
+    found = torch.autograd.grad(score / (len(experience) * 4), parameters, allow_unused=True)
+    kept = torch.cat([part.flatten() for part in found if part is not None])
+    torch.testing.assert_close(kept, shared, rtol=1e-4, atol=1e-6 * float(shared.norm()))
+
+
 def test_before_the_first_update_the_ratio_is_one_and_the_loss_the_mean_advantage() -> None:
     experience, walker, tuning = learned()
     objective = Objective(clip_range=1e-4, kl_coefficient=0.0)

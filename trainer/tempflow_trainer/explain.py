@@ -38,6 +38,7 @@ from tempflow_trainer.main import (
     groups_per_rollout,
     objective_of,
     read_job_text,
+    require_guidance,
     set_memory_savers,
     tuning_of,
 )
@@ -237,11 +238,12 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
 
     Raises:
         ModelUnavailable: no configuration of the model can be found.
-        ManifestInvalid: a rate that is not one.
+        ManifestInvalid: a rate that is not one, or guidance that the model does not have.
     """
     spec = job.spec
     asked = _rate_of(rate) if rate else None
     bones = skeleton(spec.model)
+    require_guidance(spec, bones.model)
     method = Method.of(spec, bones.model)
     set_memory_savers(spec, bones.model)
     tuning = tuning_of(spec, bones.model)

@@ -23,7 +23,7 @@ from tempflow_api import checkpoint_layout, naming, termination
 from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid, Problem, TempFlowError
 from tempflow_api.status import Progress
 from tempflow_api.termination import LastWords
-from tempflow_api.v1alpha1 import TempFlowGRPOJob
+from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 
 # Kubernetes shows the end of this file as the container's termination message.
 TERMINATION_LOG = Path("/dev/termination-log")
@@ -136,6 +136,7 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
     requests: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: requests.append(received))
+    environment = _with_packages(job.spec, work, environment)
     child = subprocess.Popen(rendezvous.command(), env=_child_environment(job, environment))
     status = _wait(child, requests)
     shutil.rmtree(work / "staging", ignore_errors=True)
@@ -157,6 +158,17 @@ def _wait(child: subprocess.Popen[bytes], requests: list[int]) -> int:
             return child.wait(timeout=0.1)
         except subprocess.TimeoutExpired:
             continue
+
+
+def _with_packages(spec: JobSpec, work: Path, environment: Mapping[str, str]) -> Mapping[str, str]:
+    if not spec.packages:
+        return environment
+    from tempflow_trainer import packages  # brings the store, which takes a second to load
+
+    places = packages.unpack(spec.packages, spec.checkpoint, work / "packages")
+    before = environment.get("PYTHONPATH")
+    path = os.pathsep.join([*map(str, places), *([before] if before else [])])
+    return {**environment, "PYTHONPATH": path}
 
 
 def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> dict[str, str]:

@@ -50,7 +50,7 @@ from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
-from tempflow_trainer.store import open_store, probe_when_it_answers
+from tempflow_trainer.store import open_store, when_it_answers
 from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
@@ -112,12 +112,7 @@ def build_run(
         RewardFailed: a reward that does not exist, or compares draws where there is one.
     """
     algorithm, sampling = spec.algorithm, spec.sampling
-    if algorithm.guidance_gradient == "conditional" and not model.classifier_free:
-        problem = Problem(
-            "spec.algorithm.guidanceGradient",
-            f"is both for {spec.model.source}: it guides itself, without an unconditional velocity",
-        )
-        raise ManifestInvalid("the job", [problem])
+    require_guidance(spec, model)
     set_memory_savers(spec, model)
     tuning = tuning_of(spec, model)
     if spec.compute.strategy == "shard" and ranks.world > 1:
@@ -174,6 +169,20 @@ def build_run(
         stop_requested=stop_requested,
         groups_per_rollout=groups_per_rollout(spec, ranks.world),
     )
+
+
+def require_guidance(spec: JobSpec, model: FlowModel) -> None:
+    """Whether a model guides itself is said by its configuration, which no rule can read.
+
+    Raises:
+        ManifestInvalid: guidance that this model does not have.
+    """
+    if spec.algorithm.guidance_gradient == "conditional" and not model.classifier_free:
+        problem = Problem(
+            "spec.algorithm.guidanceGradient",
+            f"is both for {spec.model.source}: it guides itself, without an unconditional velocity",
+        )
+        raise ManifestInvalid("the job", [problem])
 
 
 def groups_per_rollout(spec: JobSpec, world: int) -> int | None:
@@ -275,7 +284,7 @@ def train(
     if spec.compute.preflight:
         preflight.check(spec.compute, ranks, lambda: device_of(spec, ranks.local_rank), store.probe)
     elif ranks.is_first:
-        probe_when_it_answers(store)
+        when_it_answers(store.probe)
     tail.connect(work, store)
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)

@@ -11,11 +11,12 @@ import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
+from typing import TypeVar
 
 import s3fs
 from botocore import exceptions as boto
@@ -25,6 +26,7 @@ from tempflow_api.errors import StoreUnavailable
 from tempflow_api.storage import Checkpoint
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 OUTAGE_SECONDS = 180.0
 """A store that restarts is back by then; an address that is wrong is still told of in minutes."""
@@ -103,8 +105,8 @@ class Store(ABC):
             raise StoreUnavailable(f"{self.uri}: a key that was written reads differently")
 
 
-def probe_when_it_answers(store: Store, *, patience_seconds: float = OUTAGE_SECONDS) -> None:
-    """Probe; again and again while the store is silent, which a new attempt would not cure.
+def when_it_answers(action: Callable[[], _T], patience_seconds: float = OUTAGE_SECONDS) -> _T:
+    """Do it; again and again while the store is silent, which a new attempt would not cure.
 
     Raises:
         StoreUnavailable: it refuses, at once; or it was silent for all that time.
@@ -112,7 +114,7 @@ def probe_when_it_answers(store: Store, *, patience_seconds: float = OUTAGE_SECO
     until, pause = time.monotonic() + patience_seconds, 1.0
     while True:
         try:
-            return store.probe()
+            return action()
         except StoreSilent as error:
             if time.monotonic() + pause > until:
                 raise

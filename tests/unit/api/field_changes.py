@@ -29,6 +29,7 @@ OTHER: dict[str, object] = {
     "checkpoint.endpointUrl": "https://other",
     "checkpoint.keepBest.metric": "digit-ink",
     "checkpoint.uri": "s3://other/runs",
+    "packages": [{"uri": "s3://bucket/own-1.0-py3-none-any.whl", "sha256": "0" * 64}],
     "compute.extendedResources": {"rdma/ib": 1},
     "compute.gpuResource": "amd.com/gpu",
     "compute.network.interface": "eth7",

@@ -12,11 +12,13 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from tempflow_api.errors import ExitCode
+from tests.wheels import sha256, wheel
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 RUN = "s3://bucket/runs/away"
+WHEEL = "s3://bucket/wheels/my_rewards-1.0-py3-none-any.whl"
 
 
 @pytest.fixture
@@ -50,10 +52,18 @@ def manifest(folder: Path, endpoint: str, bucket: str = "bucket") -> Path:
         "region": "us-east-1",
         "everyEpochs": 1,
     }
+    spec["packages"] = [{"uri": WHEEL, "sha256": sha256(wheel())}]
+    spec["rewards"].append({"name": "warmth", "weight": 0.1})
     spec["compute"] |= {"processesPerNode": 1}
     path = folder / "away.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def bring_a_reward(endpoint: str) -> None:
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    bucket, _, key = WHEEL.removeprefix("s3://").partition("/")
+    client.put_object(Bucket=bucket, Key=key, Body=wheel())
 
 
 def tempflow(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,8 +84,10 @@ def test_a_run_continues_on_another_machine_and_its_result_is_pulled(
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
+    bring_a_reward(store)
     first = tempflow(here, "run", str(manifest(here, store)))
     assert first.returncode == 0, first.stderr
+    assert "warmth" in (here / "runs/away/record/metrics.jsonl").read_text()
     longer = ("--set", "spec.algorithm.epochs=3")
     second = tempflow(there, "run", str(manifest(there, store)), *longer)
     assert second.returncode == 0, second.stderr
@@ -88,6 +100,7 @@ def test_a_run_continues_on_another_machine_and_its_result_is_pulled(
 
 
 def test_a_bucket_that_is_missing_is_named_and_not_made(store: str, tmp_path: Path) -> None:
+    bring_a_reward(store)
     refused = tempflow(tmp_path, "run", str(manifest(tmp_path, store, bucket="absent")))
     assert refused.returncode == ExitCode.STORE
     assert "absent" in refused.stderr + refused.stdout

@@ -1,6 +1,7 @@
 """What is explained before a run is what the run then does."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 from tempflow.manifest import parse_text
 from tempflow.presets import all_presets, preset
 from tempflow_api.errors import ManifestInvalid, ModelUnavailable
-from tempflow_api.explanation import Explanation
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import loop
 from tempflow_trainer.data import PromptOrder, load_prompts
@@ -22,6 +22,7 @@ from tempflow_trainer.footprint import LiveBytes
 from tempflow_trainer.loop import Run
 from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
+from tempflow_trainer.models.source import ASSETS, BUILTIN
 from tests.numerics.toys import FLOW_GRPO, spec_of
 from tests.unit.trainer.family_cases import ALONE, CPU, DIGITS, FLUX, KLEIN, QWEN, SD3, Case
 
@@ -165,17 +166,20 @@ def test_a_served_reward_is_drawn_for_in_eighths() -> None:
 
 
 def test_every_preset_has_a_configuration() -> None:
-    from tempflow_trainer.models import skeleton
-
     for one in all_presets():
-        spec = parse_text(one.text, one.name).job.spec
-        assert skeleton._configurations(spec.model).is_dir()
+        source = parse_text(one.text, one.name).job.spec.model.source
+        name = (
+            source.removeprefix(BUILTIN)
+            if source.startswith(BUILTIN)
+            else f"published/{source.replace('/', '--')}"
+        )
+        assert (ASSETS / name).is_dir()
 
 
 def test_what_cannot_be_explained_is_said() -> None:
     spec = spec_of({"sampling.width": 64, "sampling.height": 64})
-    wrong = spec.model.model_copy(update={"family": "sd3", "source": "someone/something"})
-    with pytest.raises(ModelUnavailable, match=r"configuration of someone/something is not at h"):
+    wrong = spec.model.model_copy(update={"family": "sd3", "source": "/no/such/folder"})
+    with pytest.raises(ModelUnavailable, match=r"spec.model.source: no folder '/no/such/folder'"):
         explain(job_of(spec.model_copy(update={"model": wrong})))
     for rate in ("fast", "0/s", "-3TFLOP/s", "1e3", "1e999/s"):
         with pytest.raises(ManifestInvalid, match=r"--rate: got '.*expected a rate such as"):
@@ -233,25 +237,35 @@ def is_memory(event: dict[str, Any]) -> bool:
 @pytest.mark.slow
 def test_time_is_the_operations_at_a_measured_rate(tmp_path: Path) -> None:
     """One job tells the rate; the epochs of two others then take what their explanations say.
-    Processor seconds of one thread, the best of three: other work on the machine has no part."""
+
+    Processor seconds of one thread, the best of epochs that take turns: what else runs on the
+    machine slows all three or none, and longer turns come nearer to what none would take.
+    """
     base = {**LORA, "compute.rowsPerCall": 128, "algorithm.seedsPerPrompt": 3}
-    one = spec_of({**base, "sampling.steps": 6})
-    rate = explain(job_of(one), "1/s").flops.total / processor_seconds(one, tmp_path)
-    for changes in (
-        {"sampling.steps": 10, "algorithm.branchesPerSeed": 5},
-        {"sampling.steps": 8, "algorithm.seedsPerPrompt": 5},
-    ):
-        other = spec_of({**base, **changes})
-        told: Explanation = explain(job_of(other), f"{rate / 1e12}TFLOP/s")
-        assert told.seconds is not None
-        assert told.seconds.total == pytest.approx(processor_seconds(other, tmp_path), rel=0.2)
+    specs = [
+        spec_of({**base, **changes})
+        for changes in (
+            {"sampling.steps": 6},
+            {"sampling.steps": 10, "algorithm.branchesPerSeed": 5},
+            {"sampling.steps": 8, "algorithm.seedsPerPrompt": 5},
+        )
+    ]
+    runs = [started(spec, tmp_path) for spec in specs]
+    best = [math.inf] * 3
+    for epoch in range(12):
+        for number, run in enumerate(runs):
+            best[number] = min(best[number], processor_seconds(run, epoch))
+        rate = explain(job_of(specs[0]), "1/s").flops.total / best[0]
+        told = [explain(job_of(spec), f"{rate / 1e12}TFLOP/s").seconds for spec in specs[1:]]
+        ratios = [
+            seconds.total / took for seconds, took in zip(told, best[1:], strict=True) if seconds
+        ]
+        if epoch >= 2 and all(0.8 < ratio < 1.2 for ratio in ratios):
+            return
+    pytest.fail(f"told over taken: {ratios}")
 
 
-def processor_seconds(spec: JobSpec, folder: Path) -> float:
-    run = started(spec, folder)
-    taken = []
-    for epoch in range(4):
-        before = time.process_time()
-        loop.run_epoch(run, epoch)
-        taken.append(time.process_time() - before)
-    return min(taken[1:])
+def processor_seconds(run: Run, epoch: int) -> float:
+    before = time.process_time()
+    loop.run_epoch(run, epoch)
+    return time.process_time() - before

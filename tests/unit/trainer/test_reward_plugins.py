@@ -13,9 +13,12 @@ from PIL import Image
 
 import tempflow_trainer
 from tempflow_api.errors import RewardFailed
-from tempflow_api.v1alpha1 import RewardTerm
+from tempflow_api.storage import Checkpoint
+from tempflow_api.v1alpha1 import Package, RewardTerm
+from tempflow_trainer import packages
 from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Place, Reward
+from tempflow_trainer.store import FolderStore
 
 
 class Recording:
@@ -93,6 +96,7 @@ def test_a_package_with_the_name_of_a_built_in_reward_is_refused(
     assert registry.build([RewardTerm(name="digit-contrast")])
 
 
+WHEEL = "dist/my_rewards-1.0-py3-none-any.whl"
 PAGE = Path(tempflow_trainer.__file__).parents[2] / "docs/rewards.md"
 
 
@@ -102,7 +106,9 @@ def test_the_page_has_a_row_for_every_built_in_reward() -> None:
 
 
 @pytest.mark.slow
-def test_the_package_of_the_documentation_is_installed_and_scores(tmp_path: Path) -> None:
+def test_the_package_of_the_documentation_is_installed_and_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the page tells it, word by word: an installed package is all that a reward needs."""
     source, target = tmp_path / "my-rewards", tmp_path / "installed"
     source.mkdir()
@@ -112,8 +118,26 @@ def test_the_package_of_the_documentation_is_installed_and_scores(tmp_path: Path
         assert block, f"the page shows no {name}"
         (source / name).write_text(block[1])
     assert len((source / "my_rewards.py").read_text().splitlines()) <= 15
-    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([sys.executable, *install, "--target", target, source], check=True, timeout=60)
+    build = [
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--wheel-dir",
+        "dist",
+    ]
+    install = ["install", "-q", "--no-deps", "--no-index", "--target", str(target)]
+    for arguments in ([*build, "./my-rewards"], [*install, WHEEL]):
+        pip = [sys.executable, "-m", "pip", *arguments]
+        subprocess.run(pip, check=True, timeout=60, cwd=tmp_path)
+    told = subprocess.run(["sha256sum", WHEEL], check=True, capture_output=True, cwd=tmp_path)
+    digest = told.stdout.split()[0].decode()
+    # The same file is what a pod takes from the store.
+    package = Package(uri="s3://team/wheels/my_rewards-1.0-py3-none-any.whl", sha256=digest)
+    monkeypatch.setattr(packages, "open_at", lambda *_: FolderStore(tmp_path / "dist"))
+    (unpacked,) = packages.unpack([package], Checkpoint(), tmp_path / "packages")
+    assert (unpacked / "my_rewards.py").read_text() == (source / "my_rewards.py").read_text()
     Image.new("RGB", (6, 4), (255, 0, 51)).save(tmp_path / "photo.png")
     paths = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", ""), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths}

@@ -16,6 +16,7 @@ import torch
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models import families, source
+from tempflow_trainer.models.skeleton import skeleton
 from tests.tiny_models import save_sd3
 from tests.unit.trainer.conftest import BUCKET
 from tests.unit.trainer.hub import COMMIT, TOKEN, Hub
@@ -129,6 +130,15 @@ def test_a_model_is_copied_from_s3_once(bucket: Any, tiny: Path, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [f"{BUCKET}--models--sd3"]
 
 
+def test_a_configuration_is_read_from_s3_without_weights(bucket: Any, tiny: Path) -> None:
+    for file in tiny.rglob("*.json"):
+        bucket.upload_file(str(file), BUCKET, f"configured/{file.relative_to(tiny)}")
+    bones = skeleton(model_of(f"s3://{BUCKET}/configured"))
+    assert bones.model.transformer.config.num_layers == 2
+    with pytest.raises(ModelUnavailable, match=f"there is nothing at s3://{BUCKET}/none"):
+        skeleton(model_of(f"s3://{BUCKET}/none"))
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [
@@ -166,6 +176,7 @@ from huggingface_hub import constants, hf_api
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models import families
+from tempflow_trainer.models.source import configurations
 answers = {}
 for name, asked in json.loads(sys.argv[1]).items():
     os.environ["HF_TOKEN"] = asked.get("token", "")
@@ -178,8 +189,12 @@ for name, asked in json.loads(sys.argv[1]).items():
         family="sd3", source=asked["source"], revision=asked.get("revision"), tuning="full"
     )
     try:
-        found = families.load(model, cache=Path("unused"), device=torch.device("cpu"))
-        answers[name] = type(found.pipeline).__name__
+        if asked.get("weights", True):
+            found = families.load(model, cache=Path("unused"), device=torch.device("cpu"))
+            answers[name] = type(found.pipeline).__name__
+        else:
+            folder = configurations(model.source, model.revision, Path("unused"))
+            answers[name] = " ".join(sorted({p.name for p in folder.rglob("*") if p.is_file()}))
     except ModelUnavailable as error:
         answers[name] = str(error)
 print(json.dumps(answers))
@@ -188,6 +203,7 @@ LICENCE = (
     "its licence has to be accepted at {hub}/owner/gated, and a token of that account given as "
     "HF_TOKEN (on a cluster by spec.compute.secretName); "
 )
+CONFIGURATION = "config.json model_index.json scheduler_config.json"
 LOADED = "StableDiffusion3Pipeline"
 # In this order: what is loaded is in the cache afterwards.
 QUESTIONS: list[tuple[str, dict[str, object], str]] = [
@@ -204,6 +220,7 @@ QUESTIONS: list[tuple[str, dict[str, object], str]] = [
         {"source": "owner/open", "offline": True},
         "it is not in the local cache, and HF_HUB_OFFLINE forbids the network",
     ),
+    ("configuration", {"source": "owner/open", "weights": False}, CONFIGURATION),
     ("open", {"source": "owner/open"}, LOADED),
     ("by commit", {"source": "owner/open", "revision": COMMIT}, LOADED),
     ("cached", {"source": "owner/open", "endpoint": NOWHERE}, LOADED),
@@ -261,7 +278,8 @@ def test_what_the_hub_gives_and_what_it_refuses(hub: Hub, tmp_path: Path) -> Non
     answers = json.loads(done.stdout.splitlines()[-1])
     for name, asked, words in QUESTIONS:
         start = f"spec.model.source: {asked['source']} cannot be loaded as {LOADED}: "
-        expected = words if words == LOADED else start + words.format(hub=hub.endpoint)
+        given = words in (LOADED, CONFIGURATION)
+        expected = words if given else start + words.format(hub=hub.endpoint)
         assert answers[name] == expected, name
     # The class is known before the weights are asked for.
     assert not [path for path in hub.asked if "owner/flux" in path and "safetensors" in path]

@@ -18,7 +18,7 @@ from tempflow_trainer.store import (
     Store,
     StoreSilent,
     open_store,
-    probe_when_it_answers,
+    when_it_answers,
 )
 
 
@@ -265,16 +265,16 @@ class Restarting(FolderStore):
 
 def test_a_store_that_restarts_is_waited_for(tmp_path: Path) -> None:
     store = Restarting(tmp_path, StoreSilent("no connection"))
-    probe_when_it_answers(store, patience_seconds=30)
+    when_it_answers(store.probe, patience_seconds=30)
     assert store.errors == []
 
 
 def test_a_silence_ends_and_a_refusal_is_told_at_once(tmp_path: Path) -> None:
     silent = Restarting(tmp_path, *[StoreSilent("no connection")] * 9)
     with pytest.raises(StoreSilent):
-        probe_when_it_answers(silent, patience_seconds=0.5)
+        when_it_answers(silent.probe, patience_seconds=0.5)
     refusing = Restarting(tmp_path, StoreUnavailable("forbidden"))
     started = time.monotonic()
     with pytest.raises(StoreUnavailable, match="forbidden"):
-        probe_when_it_answers(refusing, patience_seconds=30)
+        when_it_answers(refusing.probe, patience_seconds=30)
     assert time.monotonic() - started < 0.5

@@ -13,8 +13,9 @@ to its name when it is whole and its digest is the store's.
 
 import fcntl
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from tempflow_api.errors import ModelUnavailable
 _CHUNK = 1 << 20
 
 
-def fetch(filesystem: Any, source: str, prefix: str, cache: Path) -> Path:
+def fetch(
+    filesystem: Any, source: str, prefix: str, cache: Path, patterns: Sequence[str] = ("*",)
+) -> Path:
     """The folder with a copy of all objects below ``prefix``, which ``source`` names for people.
+
+    ``patterns`` of names leave the others out; whoever wants other ones takes another cache.
 
     Raises:
         ModelUnavailable: nothing is there, or a copy is not what the store says it is.
@@ -42,7 +47,9 @@ def fetch(filesystem: Any, source: str, prefix: str, cache: Path) -> Path:
             raise ModelUnavailable(f"spec.model.source: there is nothing at {source}")
         partial = target.with_name(f"{target.name}.partial")
         for key, about in found.items():
-            _copy(filesystem, key, about, partial / key.removeprefix(prefix).lstrip("/"))
+            name = key.removeprefix(prefix).lstrip("/")
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                _copy(filesystem, key, about, partial / name)
         partial.rename(target)
     return target
 

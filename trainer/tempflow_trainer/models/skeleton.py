@@ -1,7 +1,7 @@
 """A model of a job without its weights: every shape is real, no number is.
 
 Only configurations are read: those that ship with this package for the models of the presets
-(``assets/published``), or those in a folder. The published classes are built in a second,
+(``assets/published``), or those where the model is. The published classes are built in a second,
 whatever their size: on the meta device first, where a module can be set up for training, and then
 with fake tensors, which compute shapes as tensors of a processor would. On the meta device itself
 attention takes another path, with memory for every pair of tokens.
@@ -10,9 +10,9 @@ attention takes another path, with memory for every pair of tokens.
 import importlib
 import inspect
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import Conditioning, FlowModel
 from tempflow_trainer.models.digits import Digits, DigitsPipeline
-from tempflow_trainer.models.source import BUILTIN
+from tempflow_trainer.models.source import ASSETS, INDEX, configurations
 
-INDEX = "model_index.json"
 CLIP_TOKENS = 77
 
 Shapes = dict[str, tuple[int, ...]]
@@ -111,29 +110,33 @@ def skeleton(model: Model) -> Skeleton:
     Raises:
         ModelUnavailable: no configuration can be found, or it is of another model.
     """
-    folder, dtype = _configurations(model), getattr(torch, model.precision)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    if model.family == "digits":
-        return _digits(folder, mode, dtype)
-    if model.family not in TEXT:
+    if model.family not in ("digits", *TEXT):
         raise ModelUnavailable(
             f"spec.model.family: {model.family} cannot be explained by this version; it can "
             + ", ".join(["digits", *TEXT])
         )
+    with tempfile.TemporaryDirectory() as cache:
+        folder = _configurations(model, Path(cache))
+        return _digits(folder, model) if model.family == "digits" else _built(folder, model)
+
+
+def _built(folder: Path, model: Model) -> Skeleton:
+    dtype = getattr(torch, model.precision)
     try:
-        parts = _parts(folder, dtype)
+        index = json.loads((folder / INDEX).read_text())
+        parts = _parts(folder, index, dtype)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelUnavailable(
             f"spec.model.source: the configuration of {model.source} cannot be read: {error}"
         ) from error
     module, _, name = families.FAMILIES[model.family].partition(":")
     adapter = getattr(importlib.import_module(module), name)
-    pipeline = _pipeline(json.loads((folder / INDEX).read_text()), parts)
+    pipeline = _pipeline(index, parts)
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
     config = parts["transformer"].config
     return Skeleton(
         model=adapter(pipeline, max_text_tokens=model.max_text_tokens),
-        mode=mode,
+        mode=FakeTensorMode(allow_non_fake_inputs=True),
         text=TEXT[model.family](config, model.max_text_tokens),
         text_encoders=encoders,
         autoencoder=parts["vae"],
@@ -141,7 +144,8 @@ def skeleton(model: Model) -> Skeleton:
     )
 
 
-def _digits(folder: Path, mode: FakeTensorMode, dtype: torch.dtype) -> Skeleton:
+def _digits(folder: Path, model: Model) -> Skeleton:
+    dtype, mode = getattr(torch, model.precision), FakeTensorMode(allow_non_fake_inputs=True)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     transformer = _diffusers_part("SD3Transformer2DModel", folder / "transformer").to(dtype)
     encoder = _transformers_part("CLIPTextModel", folder / "text_encoder")
@@ -159,8 +163,7 @@ def _digits(folder: Path, mode: FakeTensorMode, dtype: torch.dtype) -> Skeleton:
     return Skeleton(adapter, mode, text, [encoder], None, dtype)
 
 
-def _parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    index = json.loads((folder / INDEX).read_text())
+def _parts(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     built: dict[str, Any] = {}
     for name, kind in index.items():
         if name == "scheduler":
@@ -196,21 +199,7 @@ def _pipeline(index: dict[str, Any], parts: dict[str, Any]) -> Any:
     return known(**parts, **settings, **absent)
 
 
-def _configurations(model: Model) -> Path:
-    """A folder with the configurations of the model's parts."""
-    source = model.source
-    assets = Path(str(files("tempflow_trainer"))) / "assets"
-    if source.startswith(BUILTIN):
-        return assets / source.removeprefix(BUILTIN)
-    shipped = assets / "published" / source.replace("/", "--")
-    if shipped.is_dir():
-        return shipped
-    folder = Path(source.removeprefix("file://"))
-    if not folder.is_dir():
-        raise ModelUnavailable(
-            f"spec.model.source: the configuration of {source} is not at hand. It is for "
-            + ", ".join(sorted(p.name.replace("--", "/") for p in shipped.parent.iterdir()))
-            + "; for another model give a local folder in the diffusers layout (of the weights "
-            "nothing is read)"
-        )
-    return folder
+def _configurations(model: Model, cache: Path) -> Path:
+    """A folder with the configurations of the model's parts; ``cache`` is for what is fetched."""
+    shipped = ASSETS / "published" / model.source.replace("/", "--")
+    return shipped if shipped.is_dir() else configurations(model.source, model.revision, cache)

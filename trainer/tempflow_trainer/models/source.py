@@ -1,6 +1,7 @@
 """Where a model's files are: a folder, an object store, or the Hugging Face hub."""
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import fsspec
 import torch
 from botocore.exceptions import BotoCoreError
-from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub import constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the client's
     GatedRepoError,
     HfHubHTTPError,
@@ -25,7 +26,10 @@ from tempflow_api.errors import ModelUnavailable
 from tempflow_trainer.models.download import fetch
 
 BUILTIN = "builtin:"
+ASSETS = Path(str(files("tempflow_trainer"))) / "assets"
 INDEX = "model_index.json"
+# Of a model in the diffusers layout all that says what it is; a few kilobytes.
+CONFIGURATIONS = (INDEX, "*/config.json", "scheduler/scheduler_config.json")
 
 
 def locate(source: str, cache: Path) -> str:
@@ -37,7 +41,7 @@ def locate(source: str, cache: Path) -> str:
         ModelUnavailable: a folder or prefix that does not exist or is empty.
     """
     if source.startswith(BUILTIN):
-        return str(files("tempflow_trainer") / "assets" / source.removeprefix(BUILTIN))
+        return str(ASSETS / source.removeprefix(BUILTIN))
     if source.startswith("s3://"):
         return str(_fetch(source, cache))
     path = Path(source.removeprefix("file://"))
@@ -79,6 +83,26 @@ def _from_hub(kind: Any, name: str, revision: str | None) -> Path:
         return Path(kind.download(name, revision=revision, use_safetensors=True))
     except (OSError, ValueError, HTTPError) as error:
         raise ModelUnavailable(hub_error(error, name, revision)) from error
+
+
+def configurations(source: str, revision: str | None, cache: Path) -> Path:
+    """A folder with what the model's configuration says; of its weights nothing is read.
+
+    Raises:
+        ModelUnavailable: nothing is there, or no access.
+    """
+    if source.startswith("s3://"):
+        return _fetch(source, cache, CONFIGURATIONS)
+    place = locate(source, cache)
+    if Path(place).is_dir():
+        return Path(place)
+    try:
+        return Path(snapshot_download(place, revision=revision, allow_patterns=[*CONFIGURATIONS]))
+    except (OSError, ValueError, HTTPError) as error:
+        reason = hub_error(error, place, revision)
+        raise ModelUnavailable(
+            f"spec.model.source: the configuration of {source} cannot be had: {reason}"
+        ) from error
 
 
 def hub_error(
@@ -167,12 +191,12 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _fetch(source: str, cache: Path) -> Path:
+def _fetch(source: str, cache: Path, patterns: Sequence[str] = ("*",)) -> Path:
     try:
         filesystem, prefix = fsspec.url_to_fs(
             source, use_listings_cache=False, skip_instance_cache=True
         )
-        return fetch(filesystem, source, prefix, cache)
+        return fetch(filesystem, source, prefix, cache, patterns)
     except FileNotFoundError as error:
         raise ModelUnavailable(f"spec.model.source: there is nothing at {source}") from error
     except (OSError, BotoCoreError) as error:
