@@ -226,24 +226,10 @@ MISSING = {
     f"{TEMPLATE}.runtimeClassName": "nvidia",
     f"{TEMPLATE}.priorityClassName": "high",
 }
-WRONG: list[tuple[dict[str, object], JsonObject, str]] = [
-    (
-        {"spec.compute.secretName": "half"},
-        secret("half", "AWS_ACCESS_KEY_ID"),
-        "half (spec.compute.secretName) has no key AWS_SECRET_ACCESS_KEY",
-    ),
-    (
-        {CACHE: "alone", "spec.compute.nodes": 2},
-        claim("alone", "ReadWriteOnce"),
-        "ReadWriteOnce, and several nodes need ReadWriteMany",
-    ),
-    ({CACHE: "lost"}, claim("lost", "ReadWriteOnce", phase="Lost"), "has lost its volume"),
-    (
-        {CACHE: "waits"},
-        claim("waits", "ReadWriteOnce", storage_class="fast", phase="Pending"),
-        "there is no StorageClass fast (of PersistentVolumeClaim waits)",
-    ),
-]
+VOLUMES = (
+    "[{name: lost, mountPath: /lost, persistentVolumeClaim: lost},"
+    " {name: waits, mountPath: /waits, persistentVolumeClaim: waits}]"
+)
 
 
 def test_what_a_manifest_names_and_the_cluster_lacks(healthy: ApiServer) -> None:
@@ -264,16 +250,36 @@ def test_what_a_manifest_names_and_the_cluster_lacks(healthy: ApiServer) -> None
     assert found.found == f"there is no ServiceAccount writer ({TEMPLATE}.serviceAccountName)"
 
 
-@pytest.mark.parametrize(("fields", "there", "said"), WRONG)
-def test_what_a_manifest_names_and_is_not_as_it_has_to_be(
-    healthy: ApiServer, fields: dict[str, object], there: JsonObject, said: str
-) -> None:
-    healthy.create(there)
+def test_what_a_manifest_names_and_is_not_as_it_has_to_be(healthy: ApiServer) -> None:
+    there = [
+        secret("half", "AWS_ACCESS_KEY_ID"),
+        claim("alone", "ReadWriteOnce"),
+        claim("lost", "ReadWriteOnce", phase="Lost"),
+        claim("waits", "ReadWriteOnce", storage_class="fast", phase="Pending"),
+    ]
+    fields = {
+        "spec.compute.secretName": "half",
+        "spec.compute.nodes": 2,
+        CACHE: "alone",
+        f"{TEMPLATE}.volumes": VOLUMES,
+    }
+    for one in there:
+        healthy.create(one)
     try:
         found = findings(healthy, job=stored_nowhere("needy", **fields))["objects"]
     finally:
-        delete(healthy, there)
-    assert (found.state, said in found.found) == ("fault", True), found
+        for one in there:
+            delete(healthy, one)
+    assert found.state == "fault"
+    assert found.found.split("; ") == [
+        "Secret half (spec.compute.secretName) has no key AWS_SECRET_ACCESS_KEY",
+        (
+            f"PersistentVolumeClaim alone ({CACHE}) is ReadWriteOnce, and several nodes need "
+            "ReadWriteMany"
+        ),
+        f"PersistentVolumeClaim lost ({TEMPLATE}.volumes) has lost its volume",
+        "there is no StorageClass fast (of PersistentVolumeClaim waits)",
+    ]
     assert "very-secret" not in str(found)
 
 

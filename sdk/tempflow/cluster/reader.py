@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 
 from tempflow.cluster import reader_pod
 from tempflow.cluster.connection import PODS, Connection, Raw
-from tempflow.cluster.errors import ClusterError, Forbidden, NotFound, Unreachable, WaitTimeout
+from tempflow.cluster.errors import ClusterError, Forbidden, NotFound, WaitTimeout
 from tempflow.cluster.remote_files import RemoteFiles
 from tempflow.cluster.tunnel import Tunnel
-from tempflow.cluster.watching import every
+from tempflow.cluster.watching import every, passes
 from tempflow_api import naming
 from tempflow_api.storage import Checkpoint
 from tempflow_api.v1alpha1 import JobSpec
@@ -82,8 +82,11 @@ class _Pod:
 
     def still_there(self) -> None:
         """Raises ClusterError when it has ended; an API server that is away says nothing of it."""
-        with suppress(Unreachable):
+        try:
             self._look()
+        except ClusterError as error:
+            if not passes(error):
+                raise
 
     def _look(self) -> Raw:
         try:
@@ -110,8 +113,9 @@ class _Pod:
                     state = "it runs, and does not answer"
                     files.ready()
                     return
-            except Unreachable:
-                pass
+            except ClusterError as error:
+                if not passes(error):
+                    raise
             time.sleep(_POLL_SECONDS)
         raise WaitTimeout(f"{self._what}: not ready after {seconds:.0f} s: {state}")
 
