@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tempflow import Client, Forbidden, NotFound, WaitTimeout, pulling
 from tempflow.checkpoints import choose, steps
+from tempflow.cli import app
 from tempflow.cluster import reader as reading
 from tempflow.cluster import reader_pod
 from tempflow.cluster.errors import ClusterError
@@ -105,6 +107,22 @@ def test_a_checkpoint_comes_over_a_restart_of_the_api_server(
     assert pod["metadata"]["ownerReferences"][0]["uid"] == client.get(JOB).uid
     told = {one["name"]: one["value"] for one in container["env"]}[naming.ENV_STORE]
     assert json.loads(told)["uri"] == client.store_of(JOB)[0]
+
+
+@pytest.mark.usefixtures("client", "node")
+def test_the_verbs_that_only_read(api: ApiServer) -> None:
+    place = ("--via-cluster", "--image", IMAGE, "--kubeconfig", str(api.kubeconfig("admin")))
+
+    def told(*words: str) -> Any:
+        done = CliRunner().invoke(app, ["checkpoints", *words, *place, "-o", "json"])
+        assert done.exit_code == 0, done.output
+        assert done.stderr.startswith("reads through pod default/tempflow-reader-")
+        return json.loads(done.stdout)
+
+    assert [one["step"] for one in told("list", f"job/{JOB}")] == [10, 20, 20]
+    assert told("show", f"job/{JOB}", "--step", "10")["manifest"]["files"]
+    assert list(told("verify", f"job/{JOB}").values()) == [[], [], []]
+    assert readers(api) == []
 
 
 def test_it_looks_inside_and_probes(client: Client, node: Node, run: Path) -> None:
