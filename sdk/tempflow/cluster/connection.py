@@ -154,7 +154,9 @@ class Connection:
                     *whole, rest = (rest + block).split(b"\n")
                     yield from whole
             except urllib3.exceptions.ReadTimeoutError as error:
-                raise Silent(f"{what}: nothing comes from {self.server}") from error
+                raise Silent(
+                    f"{what}: nothing comes any more from {self.server}: give the command again"
+                ) from error
         if with_rest and rest:
             yield rest
 
