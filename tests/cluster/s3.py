@@ -201,8 +201,8 @@ def _arguments(folder: Path) -> list[str]:
         *("-s3", f"-s3.ip.bind={BRIDGE_ADDRESS}", f"-s3.port={S3_PORT}"),
         *(f"-s3.config={_identities(folder)}", f"-s3.localSocket={folder / 's3.sock'}"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
-        # A bucket takes volumes of this size; without a limit on their number a test's disk is it.
-        *("-volume.max=0", "-master.volumeSizeLimitMB=1024"),
+        # A bucket takes seven volumes, and there are as many as fit onto the disk, by this size.
+        *("-volume.max=0", "-master.volumeSizeLimitMB=128"),
         "-volume.preStopSeconds=0",  # nobody is left who would have to notice the end first
         "-master.telemetry=false",  # tests tell nobody that they ran
     ]
