@@ -29,6 +29,8 @@ pytestmark = pytest.mark.cluster
 
 # Enough that the operator can be upgraded and rolled back meanwhile, which takes 15 s.
 EPOCHS = 40
+# One of them follows the whole job, which on a machine with other work took six minutes.
+COMMAND_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,12 @@ class Laptop:
 
     def __call__(self, *arguments: str) -> str:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=330)
+        try:
+            out, err = process.communicate(timeout=COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            err += f"\nnot done after {COMMAND_SECONDS} s\n"
         assert process.returncode == 0, f"{' '.join(arguments)}: {process.returncode}: {err}{out}"
         return out
 
