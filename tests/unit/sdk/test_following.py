@@ -78,7 +78,8 @@ def test_a_watch_that_says_nothing_is_asked_anew_from_where_it_was() -> None:
     about = {"uid": "u", "resourceVersion": "8"}
     entry = json.dumps({"type": "ADDED", "object": {"metadata": about}}).encode()
     nothing = {"items": [], "metadata": {"resourceVersion": "7"}}
-    connection = Scripted([Silent("nothing comes")] * 5 + [[entry]], [nothing])
+    silence: list[Answer] = [Silent("nothing comes") for _ in range(5)]
+    connection = Scripted([*silence, [entry]], [nothing])
     told = changes(connection, "/jobs", {}, what="jobs", give_up_seconds=0)  # type: ignore[arg-type]
     assert next(told)[0] == "added"
     assert {query["resourceVersion"] for query in connection.asked} == {"7"}
