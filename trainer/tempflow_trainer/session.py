@@ -486,6 +486,7 @@ class Session:
                 "attempt": self.checkpoints.attempt,
                 "runId": self.run_id,
                 "reward": last.reward if last else None,
+                "rewardCourse": self.record.reward_course(),
                 "imagesPerSecond": last.images_per_second if last else None,
                 "alarms": [alarm[:1024] for alarm in self.alarms[:16]],
                 "rollbacks": self.rollbacks,

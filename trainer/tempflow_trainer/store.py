@@ -72,6 +72,10 @@ class Store(ABC):
         """The content of a small key."""
 
     @abstractmethod
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Some bytes of a key; fewer only where it ends before."""
+
+    @abstractmethod
     def below(self, folder: str) -> "Store":
         """The store of a folder in this one."""
 
@@ -183,6 +187,14 @@ class FolderStore(Store):
     def read(self, key: str) -> bytes:
         try:
             return (self._root / key).read_bytes()
+        except OSError as error:
+            raise self._unavailable("read", key, error) from error
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        try:
+            with (self._root / key).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
         except OSError as error:
             raise self._unavailable("read", key, error) from error
 
@@ -381,6 +393,16 @@ class S3Store(Store):
             return bytes(self._fs.cat_file(f"{self._root}/{key}", timeout=self._seconds()))
         except _REFUSALS as error:
             raise self._unavailable("read", key, error) from error
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        path, end = f"{self._root}/{key}", start + length
+        try:
+            found = self._fs.cat_file(path, start=start, end=end, timeout=self._seconds())
+        except _REFUSALS as error:
+            if "InvalidRange" in _said(error):  # it begins where the key has ended
+                return b""
+            raise self._unavailable("read", key, error) from error
+        return bytes(found)
 
     def below(self, folder: str) -> Store:
         inner = copy.copy(self)
