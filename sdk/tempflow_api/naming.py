@@ -13,6 +13,7 @@ LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_ROLE = f"{GROUP}/role"
 ROLE_TRAINER = "trainer"
+ROLE_READER = "reader"
 
 TRAINER_CONTAINER = "trainer"
 FIELD_MANAGER = "tempflow-operator"
@@ -27,6 +28,13 @@ ENV_PROGRESS_PORT = "TEMPFLOW_PROGRESS_PORT"
 ENV_WORK_DIR = "TEMPFLOW_WORK_DIR"
 ENV_RUN_ID = "TEMPFLOW_RUN_ID"
 ENV_MODEL_CACHE = "TEMPFLOW_MODEL_CACHE"
+
+# A pod that reads a store for somebody outside the cluster: what it is told, and where it answers.
+ENV_STORE = "TEMPFLOW_STORE"
+"""``spec.checkpoint`` as JSON, whose ``uri`` is the address of the run itself."""
+READER_MODULE = "tempflow_trainer.reader"
+READER_PORT = 8081
+READER_READY, READER_FILES, READER_CONTENT, READER_PROBE = "/ready", "/files", "/content", "/probe"
 
 OPERATOR = f"{GROUP}/operator"
 """This operator, as ``spec.managedBy`` and events name it."""

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "tempflow validate digits.yaml -o yaml": _OPERATOR,
     "tempflow init --preset digits": _CLUSTER,
     "pip install": "tests/unit/trainer/test_reward_plugins.py",
+    "tempflow explain --preset sd35m-pickscore --set": "tests/unit/trainer/test_explain.py",
     "pip wheel": "tests/unit/trainer/test_reward_plugins.py",
     "sha256sum dist/": "tests/unit/trainer/test_reward_plugins.py",
     "tempflow rewards score photo.png": "tests/unit/trainer/test_reward_plugins.py",
