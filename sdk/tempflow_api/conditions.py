@@ -47,6 +47,7 @@ class Reason(StrEnum):
     PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
     STALLED = "Stalled"
     PREFLIGHT_FAILED = "PreflightFailed"
+    PREFLIGHT_RESTARTS_EXHAUSTED = "PreflightRestartsExhausted"
 
 
 CONDITION_MEANINGS: dict[ConditionType, str] = {
@@ -92,6 +93,8 @@ REASON_MEANINGS: dict[Reason, str] = {
     "ended and the next one starts after a pause.",
     Reason.PREFLIGHT_FAILED: "A check before training found a node, the network or the store "
     "unfit; the next attempt starts after a pause.",
+    Reason.PREFLIGHT_RESTARTS_EXHAUSTED: "A check before training found a node, the network or the "
+    "store unfit, and `runPolicy.maxPreflightRestarts` are used up.",
 }
 
 

@@ -55,7 +55,8 @@ class Restarts(Observed):
     """These count against ``spec.runPolicy.maxRestarts``."""
     disruptions: Count = 0
     preflights: Count = 0
-    """After attempts that ended before training: ``spec.compute.preflight`` found a node unfit."""
+    """After attempts that ended before training, as ``spec.compute.preflight`` found a node unfit;
+    these count against ``spec.runPolicy.maxPreflightRestarts``."""
 
 
 class Progress(Observed):
