@@ -33,7 +33,7 @@ demo: setup ## Train the digits model, a minute or two, and draw with the result
 
 test: setup ## The tests that need nothing but Python packages
 	@$(if $(GPU),:,echo "left out: the tests marked gpu, as this machine has no /dev/nvidia0")
-	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m "not faults and not cluster$(if $(GPU),, and not gpu)"
+	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not cluster$(if $(GPU),, and not gpu)"
 
 test-gpu: setup ## One real step of every family on a GPU; fails without one
 	$(RUN) tests/budget.py --name gpu --minutes 5 -- $(RUN) -m pytest -q -m gpu tests/gpu

@@ -2,15 +2,19 @@
 
     python -m benchmarks.checkpoint
 
-Tensors have the names and sizes of a LoRA of rank 32 on SD3.5-M. The store is SeaweedFS on this
-machine, so both sides of a transfer share its processors: ratios mean something, megabytes a second
-do not. Ours and boto3's transfers take turns.
+What is trained has the names and sizes of the preset ``sd35m-pickscore``, a LoRA of rank 32 on
+SD3.5 Medium, with random values. The store is SeaweedFS on this machine, so both sides of a
+transfer share its processors: ratios mean something, megabytes a second do not. Ours and boto3's
+transfers take turns.
 """
 
 import argparse
+import hashlib
+import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,58 +26,60 @@ from pathlib import Path
 import boto3
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.flops import PEAK_TFLOPS
+from tempflow import manifest, presets
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.retention import Retention
-from tempflow_trainer.checkpoint import Checkpoints, State, host_copy
+from tempflow_api.v1alpha1 import TempFlowGRPOJob
+from tempflow_trainer.checkpoint import Checkpoints, State, snapshot
+from tempflow_trainer.explain import explain
+from tempflow_trainer.main import tuning_of
+from tempflow_trainer.models.skeleton import skeleton
 from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.store import S3Store
 from tests.faults.seaweedfs import seaweedfs
 
+ROOT = Path(__file__).parents[1]
 BUCKET = "runs"
-RANK, WIDTH, BLOCKS = 32, 1536, 24
-"""Of SD3.5-M; the projections are those that the family adapts by default."""
-JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+PRESET = "sd35m-pickscore"
+UTILISATION = 0.4
+"""Share of an H100's peak that a good run reaches, as docs/explain.md says."""
 
 
-def lora(seed: int) -> dict[str, Tensor]:
-    """Random values in the place of the LoRA's."""
-    generator = torch.Generator().manual_seed(seed)
-    names = [f"transformer_blocks.{b}.attn.{name}" for b in range(BLOCKS) for name in JOINT]
-    names += [f"transformer_blocks.{b}.attn.to_add_out" for b in range(BLOCKS - 1)]
-    sizes = {"lora_A": (RANK, WIDTH), "lora_B": (WIDTH, RANK)}
-    return {
-        f"{name}.{part}.default.weight": torch.randn(size, generator=generator)
-        for name in names
-        for part, size in sizes.items()
-    }
+def preset_job() -> TempFlowGRPOJob:
+    return manifest.parse_text(presets.preset(PRESET).text, PRESET, []).job
 
 
 class Trained:
-    """Weights, average and moments, as a run has them on its device; here in memory."""
+    """Weights, average and optimizer, as a run of the preset has them; here in memory."""
 
     def __init__(self) -> None:
-        self.weights, self.average = lora(0), lora(1)
-        self.moments = {
-            f"{moment}/{name}": value
-            for seed, moment in enumerate(("exp_avg", "exp_avg_sq"), start=2)
-            for name, value in lora(seed).items()
+        spec = preset_job().spec
+        shapes = {
+            name: value.shape
+            for name, value in tuning_of(spec, skeleton(spec.model).model).parameters().items()
         }
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn() -> dict[str, Tensor]:
+            return {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+
+        self.weights = {name: nn.Parameter(value) for name, value in drawn().items()}
+        self.average = drawn()
+        self.optimizer = torch.optim.AdamW(self.weights.values())
+        for parameter, gradient in zip(self.weights.values(), drawn().values(), strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @property
     def parameters(self) -> int:
         return sum(value.numel() for value in self.weights.values())
 
     def copy(self, step: int) -> tuple[State, Callable[[Path], None]]:
-        state = State(
-            step,
-            step,
-            host_copy(self.weights),
-            host_copy(self.average),
-            host_copy(self.moments),
-            {},
-        )
+        state = State(step, step, *snapshot(self.weights, self.average, self.optimizer), {})
 
         def export(folder: Path) -> None:
             (folder / layout.ADAPTER).mkdir()
@@ -82,8 +88,8 @@ class Trained:
         return state, export
 
 
-def stall(run: Checkpoints, trained: Trained, rounds: int) -> tuple[float, list[Save]]:
-    """Median seconds that a save keeps the training, and the saves."""
+def stall(run: Checkpoints, trained: Trained, rounds: int) -> tuple[list[float], list[Save]]:
+    """Seconds that each save keeps the training, which has none in flight; and the saves."""
     ended: list[Save] = []
     saver = Saver(run, wait_seconds=600, most_failures=1, on_end=ended.append, after=lambda: None)
     seconds = []
@@ -93,7 +99,35 @@ def stall(run: Checkpoints, trained: Trained, rounds: int) -> tuple[float, list[
         saver.begin(*trained.copy(step), {})
         seconds.append(time.perf_counter() - start)
         saver.settle(600)
-    return statistics.median(seconds), ended
+    return seconds, ended
+
+
+def expected_epoch_seconds(utilisation: float) -> float:
+    """Of the preset on its H100s, as ``tempflow explain`` works it out of the operations."""
+    rate = f"{PEAK_TFLOPS['H100'] * utilisation:g}TFLOP/s"
+    seconds = explain(preset_job(), rate).seconds
+    assert seconds is not None
+    return seconds.total
+
+
+def digits(folder: Path) -> tuple[list[float], list[float]]:
+    """Seconds that training stood still for each save of a real run, and those of its epochs."""
+    settings = {"algorithm.epochs": 10, "checkpoint.everyEpochs": 1, "evaluation.everyEpochs": 100}
+    given = [word for k, v in settings.items() for word in ("--set", f"spec.{k}={v}")]
+    command = [sys.executable, "-m", "tempflow", "run", str(ROOT / "examples/digits.yaml")]
+    subprocess.run(
+        [*command, "--work-dir", str(folder), "--plain", *given],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    (record,) = folder.glob(f"*/{layout.RECORD}")
+    saves, epochs = (
+        [json.loads(line) for line in (record.parent / file).read_text().splitlines()]
+        for file in (layout.SAVES, layout.METRICS)
+    )
+    stalls = [save["stallSeconds"] for save in saves]
+    return stalls, [sum(epoch["seconds"].values()) for epoch in epochs]
 
 
 def lost_beside(start: Callable[[], None], going: Callable[[], bool]) -> tuple[float, float]:
@@ -154,10 +188,10 @@ def beside_process(endpoint: str, staging: Path) -> tuple[float, float]:
 def transfers(
     run: Checkpoints, trained: Trained, endpoint: str, folder: Path, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each round: ours and boto3's, the same files."""
+    """Seconds of each round: ours and boto3's, the same files; and of their digests alone."""
     client = boto3.client("s3", endpoint_url=endpoint)
     seconds: dict[str, list[float]] = {
-        name: [] for name in ("save", "boto3 up", "load", "boto3 down")
+        name: [] for name in ("save", "boto3 up", "load", "boto3 down", "digests")
     }
 
     def timed(name: str, action: Callable[[], object]) -> None:
@@ -177,8 +211,7 @@ def transfers(
                     for path in files
                 ],
             )
-    newest = run.newest_sound()
-    assert newest is not None
+    newest = f"{layout.CHECKPOINTS}/{run.committed()[0].name}"
     target = folder / "down"
     target.mkdir()
     loaded = [path for path in files if path.startswith(layout.STATE)]
@@ -191,7 +224,13 @@ def transfers(
                 for path in loaded
             ],
         )
+        timed("digests", lambda: [digest(target / Path(path).name) for path in loaded])
     return seconds
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main() -> int:
@@ -218,10 +257,24 @@ def report(folder: Path, endpoint: str, rounds: int) -> None:
     run = Checkpoints(store, staging, 1, world_size=1, retention=Retention(2))
     run.begin()
     trained = Trained()
-    waited, saves = stall(run, trained, rounds)
+    waits, saves = stall(run, trained, rounds)
     megabytes = saves[0].bytes / 1e6
     print(f"{trained.parameters / 1e6:.1f} million parameters, {megabytes:.0f} MB a checkpoint")
-    print(f"stall of training      {waited:.3f} s: at most 1 % of steps from {100 * waited:.0f} s")
+    waited, spread = statistics.median(waits), f"{min(waits):.3f} to {max(waits):.3f}"
+    print(f"stall of training      {waited:.3f} s ({spread})")
+    for utilisation in (UTILISATION, 1.0):
+        epoch = expected_epoch_seconds(utilisation)
+        print(
+            f"{'':22} {waited / epoch:.2%} of an epoch of {epoch:.1f} s, which {PRESET} takes at "
+            f"{utilisation:.0%} of an H100's peak"
+        )
+    stalls, epochs = digits(folder / "digits")
+    share = [stalled / epoch for stalled, epoch in zip(stalls, epochs, strict=True)]
+    print(
+        f"stall of digits        {statistics.median(stalls):.4f} s, epoch "
+        f"{statistics.median(epochs):.2f} s: {statistics.median(share):.2%} "
+        f"({min(share):.2%} to {max(share):.2%})"
+    )
     stage = statistics.median(save.stage_seconds for save in saves)
     send = statistics.median(save.send_seconds for save in saves)
     print(f"beside the training    {stage:.2f} s to local disk with SHA-256, {send:.2f} s to S3")
@@ -239,6 +292,8 @@ def report(folder: Path, endpoint: str, rounds: int) -> None:
             f"{ours:22} {mine:.2f} s, boto3 {other:.2f} s: {other / mine:.0%} of its speed "
             f"({each[0]:.0%} to {each[-1]:.0%})"
         )
+    hashing = statistics.median(found["digests"])
+    print(f"{'of the load':22} {hashing:.2f} s is what SHA-256 of the files takes alone")
 
 
 if __name__ == "__main__":

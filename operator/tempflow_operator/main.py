@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
+from tempflow_api import naming
 from tempflow_operator import logs
 from tempflow_operator import settings as configuration
 from tempflow_operator.cluster import ApiError, Cluster
@@ -99,7 +100,8 @@ class Operator:
         self._metrics.events.labels(kind).inc()
         self._proof.saw(kind, namespace, version)
         if job:
-            self._workers.add(Key(namespace, job))
+            settle = None if kind == naming.PLURAL else self._settings.queue.settle_gang
+            self._workers.add(Key(namespace, job), delay=settle)
 
     async def _resync(self) -> None:
         """Lists all jobs now and then: repairs what lost events broke."""

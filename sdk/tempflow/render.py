@@ -122,7 +122,8 @@ def live_view(
     grid.add_row(Text(name, style="bold"), bar, Text("  ".join(facts)))
     if rewards:
         curve = Text(sparkline(rewards, _SPARKLINE_WIDTH), style="cyan")
-        grid.add_row(Text("reward"), curve, Text(number(rewards[-1])))
+        last = progress.reward if progress else None
+        grid.add_row(Text("reward"), curve, Text(number(rewards[-1] if last is None else last)))
     return grid
 
 

@@ -1,8 +1,8 @@
 """Figures and tables as text, the same in a terminal and in a pipe."""
 
-import itertools
 from collections.abc import Sequence
 
+from tempflow_api.course import course
 from tempflow_api.record import Spread
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -39,9 +39,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """The course of ``values`` in at most ``width`` characters, each the mean of an equal share."""
     if not values:
         return ""
-    count = min(width, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    means = course(values, width)
     low, span = min(means), max(means) - min(means)
     top = len(_BLOCKS) - 1
     return "".join(_BLOCKS[round((mean - low) / span * top) if span else 0] for mean in means)

@@ -48,6 +48,7 @@ class Reason(StrEnum):
     STALLED = "Stalled"
     PREFLIGHT_FAILED = "PreflightFailed"
     REWARD_NOT_SERVED = "RewardNotServed"
+    PREFLIGHT_RESTARTS_EXHAUSTED = "PreflightRestartsExhausted"
 
 
 CONDITION_MEANINGS: dict[ConditionType, str] = {
@@ -95,6 +96,8 @@ REASON_MEANINGS: dict[Reason, str] = {
     "unfit; the next attempt starts after a pause.",
     Reason.REWARD_NOT_SERVED: "The pods of a reward with `placement: service` end again and again, "
     "or cannot be created.",
+    Reason.PREFLIGHT_RESTARTS_EXHAUSTED: "A check before training found a node, the network or the "
+    "store unfit, and `runPolicy.maxPreflightRestarts` are used up.",
 }
 
 

@@ -15,6 +15,7 @@ LABEL_ROLE = f"{GROUP}/role"
 ROLE_TRAINER = "trainer"
 ROLE_REWARD = "reward"
 LABEL_REWARD = f"{GROUP}/reward"
+ROLE_READER = "reader"
 
 TRAINER_CONTAINER = "trainer"
 REWARD_CONTAINER = "reward"
@@ -32,6 +33,13 @@ ENV_RUN_ID = "TEMPFLOW_RUN_ID"
 ENV_MODEL_CACHE = "TEMPFLOW_MODEL_CACHE"
 # JSON: the address of each reward with ``placement: service``, by the reward's name.
 ENV_REWARD_ENDPOINTS = "TEMPFLOW_REWARD_ENDPOINTS"
+
+# A pod that reads a store for somebody outside the cluster: what it is told, and where it answers.
+ENV_STORE = "TEMPFLOW_STORE"
+"""``spec.checkpoint`` as JSON, whose ``uri`` is the address of the run itself."""
+READER_MODULE = "tempflow_trainer.reader"
+READER_PORT = 8081
+READER_READY, READER_FILES, READER_CONTENT, READER_PROBE = "/ready", "/files", "/content", "/probe"
 
 OPERATOR = f"{GROUP}/operator"
 """This operator, as ``spec.managedBy`` and events name it."""

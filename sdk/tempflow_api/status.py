@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from tempflow_api.base import Section, Text, Timestamp, Uri
+from tempflow_api.course import POINTS
 
 # A pod's report goes into status: no number may be one that JSON or the API server refuses.
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -54,7 +55,8 @@ class Restarts(Observed):
     """These count against ``spec.runPolicy.maxRestarts``."""
     disruptions: Count = 0
     preflights: Count = 0
-    """After attempts that ended before training: ``spec.compute.preflight`` found a node unfit."""
+    """After attempts that ended before training, as ``spec.compute.preflight`` found a node unfit;
+    these count against ``spec.runPolicy.maxPreflightRestarts``."""
 
 
 class Progress(Observed):
@@ -69,6 +71,9 @@ class Progress(Observed):
     """Of which run it is the progress; an address may have been another job's pod before."""
     reward: Finite | None = None
     """Mean reward of the last epoch's draws."""
+    reward_course: Annotated[list[Finite], Field(max_length=POINTS)] = []
+    """From the first epoch to the last one that counts: each number is the mean reward of an equal
+    share of the epochs, to four digits."""
     images_per_second: Finite | None = None
     """Images drawn and scored, over the last epoch."""
     eta_seconds: Finite | None = None

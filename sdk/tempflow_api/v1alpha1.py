@@ -316,7 +316,7 @@ class Compute(Section):
     single pod without a GPU."""
     preflight: bool = False
     """Check GPUs, driver, /dev/shm, an all-reduce and the store before the model is loaded. A
-    failed check uses none of runPolicy.maxRestarts."""
+    failed check uses none of runPolicy.maxRestarts, but one of maxPreflightRestarts."""
 
 
 class RunPolicy(Section):
@@ -338,6 +338,9 @@ class RunPolicy(Section):
     nothing."""
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
     """Attempts after the first that failures may use; a disruption by the cluster uses none."""
+    max_preflight_restarts: Annotated[int, Field(ge=0, le=1000)] = 20
+    """Attempts after the first that failed checks of ``compute.preflight`` may use: with the pauses
+    between them, 20 give about 80 minutes to repair a node or take it out of service."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     """The job fails when it has been active for so long."""
     pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None

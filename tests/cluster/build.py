@@ -97,6 +97,21 @@ def binaries(say: Say) -> Path:
     return _with_assets(folder, Path(assets)) if assets else folder
 
 
+def program(wanted: GoProgram, say: Say) -> Path:
+    """A program of a Go module elsewhere (``module`` is absolute), built first where needed."""
+    module = Path(wanted.module)
+    digest = hashlib.sha256(repr(wanted).encode() + platform.machine().encode())
+    digest.update((module / "go.sum").read_bytes())
+    folder = cache_folder() / f"{wanted.name}-{digest.hexdigest()[:16]}"
+    with _locked(folder, say):
+        if not (folder / "complete").exists():
+            say(f"build {wanted.name}: a few minutes the first time, then kept")
+            folder.mkdir(exist_ok=True)
+            _go_build(wanted, folder, say)
+            (folder / "complete").touch()
+    return folder / wanted.name
+
+
 def kubectl_and_helm(say: Say) -> Path:
     """The folder with kubectl and helm."""
     folder = cache_folder() / KUBECTL_WHEEL.replace("==", "-")

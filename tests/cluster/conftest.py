@@ -5,11 +5,12 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
 from tempflow_api import crd, naming
-from tests.cluster import bare, build, project_images, scenario, target
+from tests.cluster import bare, build, project_images, rbac, scenario, target
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.bare import Bare
 from tests.cluster.cluster import down, ensure_up
@@ -30,6 +31,11 @@ def pytest_report_header() -> str:
     return "cluster: our own, on this machine"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What was asked for in all tests is looked at after them."""
+    items.sort(key=lambda item: item.path.name == "test_permissions.py")
+
+
 @pytest.fixture(scope="session")
 def say(request: pytest.FixtureRequest) -> Say:
     """Progress lines past pytest's capture: a first start builds for many minutes."""
@@ -44,6 +50,12 @@ def say(request: pytest.FixtureRequest) -> Say:
             line(text)
 
     return say_uncaptured
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_at() -> datetime:
+    """Before the first test: the audit log of a cluster that stays up knows of earlier ones."""
+    return datetime.now(UTC)
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +80,8 @@ def cluster(request: pytest.FixtureRequest, say: Say) -> Iterator[Target]:
 
 @pytest.fixture(scope="session")
 def bare_server(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
-    """A control plane without nodes, which knows the project's resource definition."""
+    """A control plane without nodes, which knows the project's resource definition. Its user
+    ``OPERATOR`` may do what the chart grants."""
     if platform.system() != "Linux":
         pytest.skip("the binaries are built for Linux")
     folder = tmp_path_factory.mktemp("bare")
@@ -77,6 +90,7 @@ def bare_server(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         server.kubectl.run("apply", "-f", "-", stdin=crd.document())
         definition = f"customresourcedefinition/{naming.PLURAL}.{naming.GROUP}"
         server.kubectl.run("wait", definition, "--for=condition=Established", "--timeout=60s")
+        rbac.grant(server.kubectl, bare.OPERATOR, name=scenario.RELEASE, namespace=scenario.SYSTEM)
         yield server
 
 

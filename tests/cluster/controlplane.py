@@ -57,7 +57,7 @@ def start_etcd(ledger: Ledger, binaries: Path) -> None:
 def start_apiserver(ledger: Ledger, binaries: Path, pki: Pki) -> None:
     state = ledger.state
     policy = state.config / "audit-policy.yaml"
-    policy.write_text(yaml.safe_dump(_AUDIT_POLICY))
+    policy.write_text(yaml.safe_dump(AUDIT_POLICY))
     ledger.start(
         "kube-apiserver",
         [
@@ -213,7 +213,7 @@ def requests_in(audit_log: Path) -> list[JsonObject]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-_AUDIT_POLICY = {
+AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
     "omitStages": ["RequestReceived"],

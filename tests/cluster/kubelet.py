@@ -1,4 +1,4 @@
-"""The part of a kubelet that gives logs: an HTTPS server with real files' worth of lines.
+"""The part of a kubelet that gives logs, and forwards ports: an HTTPS server.
 
 The API server asks it as it asks any kubelet, so what a client sees of logs, their times, and their
 ends comes over the real way.
@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from tests.cluster.layout import LOOPBACK
+from tests.cluster.port_forward import forward
 
 _START = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 
@@ -38,10 +39,11 @@ class Log:
 
 
 class Kubelet:
-    """Listens on loopback; ``logs`` by pod."""
+    """Listens on loopback; ``logs`` by pod, and ``ports`` of this machine for those of pods."""
 
     def __init__(self, certificate: Path, key: Path) -> None:
         self.logs: dict[str, Log] = {}
+        self.ports: dict[str, int] = {}
         self.requests: list[str] = []
         kubelet = self
 
@@ -50,7 +52,10 @@ class Kubelet:
 
             def do_GET(self) -> None:
                 kubelet.requests.append(self.path)
-                kubelet._answer(self)
+                if self.path.startswith("/portForward/"):
+                    forward(self, kubelet.ports[self.path.split("?")[0].split("/")[3]])
+                else:
+                    kubelet._answer(self)
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tests.cluster.controlplane import requests_in
 from tests.cluster.kubectl import JsonObject, Kubectl
+from tests.helm import find_helm
 
 
 class Permission(NamedTuple):
@@ -18,7 +19,7 @@ class Permission(NamedTuple):
     verb: str
 
 
-# Granted for moments that the tests of the operator on the cluster do not bring about.
+# Granted for moments that the tests do not bring about, or not every time.
 UNUSED_HERE: dict[Permission, str] = {
     Permission("batch", "jobs", "get"): "a create whose answer was lost: whose is the Job?",
     Permission("", "configmaps", "get"): "likewise for the ConfigMap",
@@ -29,6 +30,10 @@ UNUSED_HERE: dict[Permission, str] = {
 }
 
 
+# The chart asks for one; the roles do not depend on it.
+_ANY_IMAGE = ("--set", "image.repository=any", "--set", "image.tag=any")
+
+
 @dataclass(frozen=True)
 class Asked:
     """The requests of one user."""
@@ -36,6 +41,9 @@ class Asked:
     allowed: frozenset[Permission]
     forbidden: frozenset[Permission]
     """Refused for want of a permission; what admission refuses is not among them."""
+
+    def __or__(self, other: "Asked") -> "Asked":
+        return Asked(self.allowed | other.allowed, self.forbidden | other.forbidden)
 
 
 def requests_of(user: str, audit_log: Path, *, since: datetime) -> Asked:
@@ -49,6 +57,26 @@ def requests_of(user: str, audit_log: Path, *, since: datetime) -> Asked:
         decision = request.get("annotations", {}).get("authorization.k8s.io/decision", "allow")
         by_decision[decision].add(_permission(about, request["verb"]))
     return Asked(frozenset(by_decision["allow"]), frozenset(by_decision["forbid"]))
+
+
+def grant(admin: Kubectl, user: str, *, name: str, namespace: str) -> None:
+    """Give a user what the chart gives the operator, in a namespace of that name."""
+    rendered = find_helm().objects(*_ANY_IMAGE)
+    roles = [one for one in rendered if one["kind"] in ("ClusterRole", "Role")]
+    roles = [one for one in roles if one["metadata"]["name"] in (name, f"{name}-lease")]
+    admin.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    admin.apply(*(thing for role in roles for thing in (role, _binding(role, user))))
+
+
+def _binding(role: JsonObject, user: str) -> JsonObject:
+    kind, group = role["kind"], "rbac.authorization.k8s.io"
+    return {
+        "apiVersion": role["apiVersion"],
+        "kind": f"{kind}Binding",
+        "metadata": {key: role["metadata"][key] for key in role["metadata"] if key != "labels"},
+        "roleRef": {"apiGroup": group, "kind": kind, "name": role["metadata"]["name"]},
+        "subjects": [{"apiGroup": group, "kind": "User", "name": user}],
+    }
 
 
 def granted(admin: Kubectl, name: str, namespace: str) -> set[Permission]:

@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -53,7 +52,6 @@ class Release:
     """The chart, installed with the project's own images and otherwise its defaults."""
 
     cluster: Target
-    installed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def install(self, images: ProjectImages, *more: str) -> None:
         """Install it, or upgrade what is installed; with further options of helm's."""

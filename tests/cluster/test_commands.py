@@ -191,6 +191,7 @@ RUNNING = status(
         "epochs": 10,
         "phase": "rollout",
         "reward": 0.25,
+        "rewardCourse": [-1, -0.5, 0.25],
         "etaSeconds": 65.0,
         "time": WHEN,
     },
@@ -212,11 +213,13 @@ class TestLooking:
         assert listed["kind"] == "List"
         assert shell("list", "-n", "empty").err == "no jobs in namespace empty\n"
 
-    def test_status_in_a_pipe_is_a_line(self, shell: Shell, client: Client, api: ApiServer) -> None:
+    def test_status_in_a_pipe(self, shell: Shell, client: Client, api: ApiServer) -> None:
         client.submit(digits("line"))
         set_status(api, "line", RUNNING)
         done = shell("status", "line")
-        assert done.out == "line: Running, epoch 3/10, reward 0.25, 1:05 left\n"
+        assert done.out == (
+            "line: Running, epoch 3/10, reward 0.25, 1:05 left\n  reward  ▁▄█  -1 -> 0.25\n"
+        )
         assert yaml.safe_load(shell("status", "line", "-o", "yaml").out)["status"] == RUNNING
 
     def test_status_in_a_terminal_is_a_view_until_the_end(
@@ -228,6 +231,7 @@ class TestLooking:
             api, ("status", "live"), then=lambda: set_status(api, "live", SUCCEEDED)
         )
         assert "3/10" in shown
+        assert "▁▄█" in shown  # also of the epochs before anybody looked
         assert "reward" in shown
         assert "━" in shown
         assert (

@@ -10,9 +10,12 @@ import pytest
 from tempflow import Client, Manifest
 from tempflow.cluster.doctor import Finding, examine
 from tempflow_api import naming
+from tempflow_trainer.store import FolderStore
 from tests.cluster.apiserver import ApiServer
-from tests.cluster.client_objects import RUNNING_POD, digits, pod_of
+from tests.cluster.client_objects import RUNNING_POD, add_node, digits, pod_of
 from tests.cluster.kubectl import JsonObject
+from tests.cluster.kubelet import Kubelet
+from tests.cluster.reader_node import IMAGE, NODE, Node, readers, taking_readers
 from tests.cluster.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
@@ -192,6 +195,144 @@ def test_a_queue_without_kueue(healthy: ApiServer) -> None:
     found = findings(healthy, job=job)
     assert found["queue"].state == "fault"
     assert "Kueue is not installed" in found["queue"].found
+
+
+def claim(name: str, *modes: str, storage_class: str = "", phase: str = "Bound") -> JsonObject:
+    spec = {"accessModes": list(modes), "resources": {"requests": {"storage": "1Gi"}}}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {**spec, "storageClassName": storage_class},
+        "status": {"phase": phase},
+    }
+
+
+def secret(name: str, *keys: str) -> JsonObject:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": "default"},
+        "stringData": dict.fromkeys(keys, "very-secret"),
+    }
+
+
+TEMPLATE = "spec.compute.podTemplate"
+CACHE = "spec.modelCache.persistentVolumeClaim"
+MISSING = {
+    "spec.compute.secretName": "none",
+    "spec.data.promptsConfigMap": "prompts",
+    CACHE: "models",
+    f"{TEMPLATE}.runtimeClassName": "nvidia",
+    f"{TEMPLATE}.priorityClassName": "high",
+}
+VOLUMES = (
+    "[{name: lost, mountPath: /lost, persistentVolumeClaim: lost},"
+    " {name: waits, mountPath: /waits, persistentVolumeClaim: waits}]"
+)
+
+
+def test_what_a_manifest_names_and_the_cluster_lacks(healthy: ApiServer) -> None:
+    prompts = {"spec.data.prompts": "null", "spec.data.promptsFile": "prompts.txt"}
+    found = findings(healthy, job=stored_nowhere("needy", **MISSING, **prompts))["objects"]
+    assert found.state == "fault"
+    assert sorted(found.found.split("; ")) == sorted(
+        [
+            "there is no Secret none (spec.compute.secretName)",
+            "there is no ConfigMap prompts (spec.data.promptsConfigMap)",
+            f"there is no PersistentVolumeClaim models ({CACHE})",
+            f"there is no RuntimeClass nvidia ({TEMPLATE}.runtimeClassName)",
+            f"there is no PriorityClass high ({TEMPLATE}.priorityClassName)",
+        ]
+    )
+    account = {f"{TEMPLATE}.serviceAccountName": "writer"}
+    found = findings(healthy, job=stored_nowhere("needy", **account))["objects"]
+    assert found.found == f"there is no ServiceAccount writer ({TEMPLATE}.serviceAccountName)"
+
+
+def test_what_a_manifest_names_and_is_not_as_it_has_to_be(healthy: ApiServer) -> None:
+    there = [
+        secret("half", "AWS_ACCESS_KEY_ID"),
+        claim("alone", "ReadWriteOnce"),
+        claim("lost", "ReadWriteOnce", phase="Lost"),
+        claim("waits", "ReadWriteOnce", storage_class="fast", phase="Pending"),
+    ]
+    fields = {
+        "spec.compute.secretName": "half",
+        "spec.compute.nodes": 2,
+        CACHE: "alone",
+        f"{TEMPLATE}.volumes": VOLUMES,
+    }
+    for one in there:
+        healthy.create(one)
+    try:
+        found = findings(healthy, job=stored_nowhere("needy", **fields))["objects"]
+    finally:
+        for one in there:
+            delete(healthy, one)
+    assert found.state == "fault"
+    assert found.found.split("; ") == [
+        "Secret half (spec.compute.secretName) has no key AWS_SECRET_ACCESS_KEY",
+        (
+            f"PersistentVolumeClaim alone ({CACHE}) is ReadWriteOnce, and several nodes need "
+            "ReadWriteMany"
+        ),
+        f"PersistentVolumeClaim lost ({TEMPLATE}.volumes) has lost its volume",
+        "there is no StorageClass fast (of PersistentVolumeClaim waits)",
+    ]
+    assert "very-secret" not in str(found)
+
+
+def test_what_a_manifest_names_and_the_cluster_has(healthy: ApiServer) -> None:
+    there = secret("whole", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    job = stored_nowhere("content", **{"spec.compute.secretName": "whole"})
+    healthy.create(there)
+    try:
+        found = findings(healthy, job=job)["objects"]
+        hidden = findings(healthy, user="nobody", job=job)["objects"]
+    finally:
+        delete(healthy, there)
+    assert (found.state, found.found) == ("ok", "Secret whole (spec.compute.secretName)")
+    assert (hidden.state, "may not look at Secret whole" in hidden.found) == ("unknown", True)
+
+
+@pytest.fixture
+def reader_node(healthy: ApiServer, tmp_path: Path) -> Iterator[Node]:
+    kubelet = Kubelet(*healthy.certificate())
+    add_node(healthy, kubelet, NODE)
+    (tmp_path / "store").mkdir()
+    with taking_readers(healthy, kubelet, tmp_path / "store") as node:
+        yield node
+    kubelet.close()
+    healthy.kubectl.run("delete", "node", NODE)
+
+
+def inside(api: ApiServer, image: str | None = IMAGE) -> Finding:
+    with Client(kubeconfig=str(api.kubeconfig("admin"))) as client:
+        job = stored_nowhere("probed").job
+        found = list(examine(client.connection, job, probe=True, image=image))
+    return next(one for one in found if one.check == "storage inside")
+
+
+def test_the_store_as_a_pod_sees_it(healthy: ApiServer, reader_node: Node) -> None:
+    found = inside(healthy)
+    assert (found.state, found.remedy) == ("ok", "")
+    (pod,) = reader_node.seen
+    assert "http://127.0.0.1:9" in str(pod["spec"]["containers"][0]["env"])
+    assert readers(healthy) == []
+
+
+def test_a_store_that_refuses_a_pod(healthy: ApiServer, reader_node: Node, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    reader_node.reader._store = FolderStore(tmp_path / "file/below")
+    found = inside(healthy)
+    assert (found.state, "inside the cluster: cannot" in found.found) == ("fault", True)
+    assert "spec.checkpoint" in found.remedy
+
+
+def test_no_image_to_probe_with(healthy: ApiServer) -> None:
+    found = inside(healthy, image=None)
+    assert (found.state, "--image" in found.remedy) == ("unknown", True)
 
 
 def test_an_older_definition(healthy: ApiServer) -> None:

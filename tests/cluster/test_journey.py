@@ -1,19 +1,22 @@
 """The whole way as its two people go it: the administrator's helm, and a user's commands.
 
-The user has nothing but the chart's edit role in one namespace, and no kubectl.
+The user has nothing but the chart's roles in one namespace, and no kubectl.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tempflow_api import naming
+from tempflow_api.errors import ExitCode
 from tests.cluster import scenario
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.project_images import ProjectImages
@@ -26,6 +29,8 @@ pytestmark = pytest.mark.cluster
 
 # Enough that the operator can be upgraded and rolled back meanwhile, which takes 15 s.
 EPOCHS = 40
+# One of them follows the whole job, which on a machine with other work took six minutes.
+COMMAND_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -36,20 +41,32 @@ class Laptop:
     user: Kubectl
     s3: S3Server
     namespace: str
+    has_credentials: bool = True
+    """Of the store; without them only the cluster gets at it."""
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [sys.executable, "-m", "tempflow", *arguments],
             cwd=self.folder,
-            env={**self.user.environment(), **scenario.credentials(self.s3)},
+            env={**self.user.environment(), **self._credentials()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
+    def _credentials(self) -> dict[str, str]:
+        if self.has_credentials:
+            return scenario.credentials(self.s3)
+        return {"AWS_EC2_METADATA_DISABLED": "true"}
+
     def __call__(self, *arguments: str) -> str:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=330)
+        try:
+            out, err = process.communicate(timeout=COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            err += f"\nnot done after {COMMAND_SECONDS} s\n"
         assert process.returncode == 0, f"{' '.join(arguments)}: {process.returncode}: {err}{out}"
         return out
 
@@ -72,6 +89,10 @@ def test_from_helm_install_to_helm_uninstall(
         assert len(release.pods()) == 2
         s3.create_bucket(BUCKET)
         user = scenario.create_user(cluster.kubectl, team, s3, tmp_path)
+        cluster.kubectl.run(
+            *("create", "rolebinding", "reads-inside", "-n", team),
+            *("--clusterrole=tempflow-via-cluster", f"--serviceaccount={team}:researcher"),
+        )
         research(Laptop(tmp_path, user, s3, team), release, images, say)
         release.save_logs(cluster.our_own().state.logs)
         release.uninstall_chart()
@@ -101,6 +122,8 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     assert {states[check] for check in ("api server", "resource definition", "rights")} == {"ok"}
     tempflow("init", "--preset", "digits", "--out", "job.yaml")
     shorten(tempflow.folder / "job.yaml")
+    inside = probed(tempflow, store, images)
+    assert (inside["objects"], inside["storage inside"]) == ("unknown", "ok"), inside
     told = tempflow("submit", "job.yaml", *in_team, *store)
     assert told == f"{tempflow.namespace}/digits: submitted; next: tempflow status digits\n"
     say("submitted")
@@ -108,10 +131,13 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     tempflow("wait", "digits", "--for", "Running", "--timeout", "2m", *in_team)
     say("running")
     upgraded_and_rolled_back(release, images)  # touches no job: it ends in its first attempt
-    say("upgraded and rolled back")
+    lost = release.leader()
+    release.kill(lost)  # and this neither
+    say("upgraded and rolled back, and the leader killed")
     followed = tempflow("logs", "digits", "--follow", *in_team)
     tempflow("wait", "digits", "--timeout", "5m", *in_team)
     say("finished")
+    assert release.leader() not in ("", lost)
     # What was read while it was written is what there is to read.
     kept = tempflow("logs", "digits", *in_team)
     assert sorted(followed.splitlines()) == sorted(kept.splitlines())
@@ -131,11 +157,46 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     tempflow("pull", "job/digits", "--to", "result", *in_team)
     tempflow("sample", "result", "--prompt", "a three", "--count", "2", "--out", "three.png")
     assert (tempflow.folder / "three.png").read_bytes().startswith(b"\x89PNG")
+    pulled_from_inside(tempflow)
     tempflow("report", "job/digits", "--out", "digits.html", *in_team)
     assert "digit-ink" in (tempflow.folder / "digits.html").read_text()
     say("pulled, drawn and told")
     assert tempflow("delete", "digits", "--timeout", "2m", *in_team) == "digits: deleted\n"
     assert tempflow("list", "-o", "name", *in_team) == ""
+
+
+def probed(tempflow: Laptop, store: tuple[str, ...], images: ProjectImages) -> dict[str, str]:
+    """What the doctor says of the manifest; whether the Secret is there, this user may not see."""
+    whole = tempflow("validate", "job.yaml", "-o", "yaml", *store)
+    (tempflow.folder / "whole.yaml").write_text(whole)
+    probe = ("--probe", "--image", images.trainer, "-n", tempflow.namespace)
+    examined = json.loads(tempflow("doctor", "whole.yaml", "-o", "json", *probe))
+    return {finding["check"]: finding["state"] for finding in examined}
+
+
+def pulled_from_inside(tempflow: Laptop) -> None:
+    """The same, from where the store cannot be read; and no pod of it is left."""
+    outside = replace(tempflow, has_credentials=False)
+    asked = ("job/digits", "--to", "inside", "-n", tempflow.namespace)
+    refused = outside.start("pull", *asked)
+    _, said = refused.communicate(timeout=120)
+    assert refused.returncode == ExitCode.STORE, said
+    outside("pull", *asked, "--via-cluster")
+    assert digests(tempflow.folder / "inside") == digests(tempflow.folder / "result")
+    role = f"{naming.LABEL_ROLE}={naming.ROLE_READER}"
+    wait_for(
+        "the reader gone",
+        lambda: not tempflow.user.items("pods", "-l", role, namespace=tempflow.namespace),
+        deadline_seconds=30,
+    )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def shorten(file: Path) -> None:

@@ -19,6 +19,7 @@ from tests.cluster.lives import (
     NAMESPACE,
     bind,
     connect,
+    connect_operator,
     operator,
     patch,
     phase_of,
@@ -51,8 +52,9 @@ async def evict(admin: Cluster, pod: Raw) -> None:
 async def story(server: Bare) -> float:
     """Returns how long after the eviction the next attempt had a pod."""
     admin = Cluster(connect(server), Metrics())
+    acting = Cluster(connect_operator(server), Metrics())
     try:
-        passes = operator(admin, SETTINGS)
+        passes = operator(acting, SETTINGS)
         job = make_job(NAME).nodes(1)
         await submit(admin, job.spec("runPolicy.terminationGracePeriodSeconds", GRACE_SECONDS))
         evicted_at = 0.0
@@ -73,6 +75,7 @@ async def story(server: Bare) -> float:
         raise AssertionError(await status_of(admin, NAME))
     finally:
         await admin.close()
+        await acting.close()
 
 
 async def attempts(server: Bare) -> list[tuple[int, str]]:

@@ -1,7 +1,7 @@
 """The operator on the cluster, as a user meets it: from the chart to a picture of a digit.
 
 One job is left alone. The others are that job, struck once after their first checkpoint, and have
-to end with the very same adapter. The last test reads what all of them made the operator ask for.
+to end with the very same adapter.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tempflow_api import naming
 from tempflow_api.conditions import ConditionType, Reason
 from tempflow_api.errors import ExitCode
 from tempflow_api.status import Progress
-from tests.cluster import rbac, scenario
+from tests.cluster import scenario
 from tests.cluster.errors import ClusterError
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.layout import NODES
@@ -290,18 +290,3 @@ def test_a_reward_that_the_operator_serves(
     left = cluster.kubectl.items("deployments,services", "-l", mark, namespace=team)
     assert not left
     job.delete()
-
-
-def test_the_operator_needs_each_of_its_permissions_and_no_other(
-    request: pytest.FixtureRequest, cluster: Target, release: Release
-) -> None:
-    selected = {item.name for item in request.session.items if item.path == request.path}
-    if not selected >= {name for name in vars(request.module) if name.startswith("test_")}:
-        pytest.skip("shows something only after all the other tests of this file")
-    asked = rbac.requests_of(
-        scenario.OPERATOR_USER, cluster.our_own().state.audit_log, since=release.installed_at
-    )
-
-    assert not asked.forbidden
-    granted = rbac.granted(cluster.kubectl, scenario.RELEASE, scenario.SYSTEM)
-    assert granted - asked.allowed == set(rbac.UNUSED_HERE)

@@ -23,6 +23,7 @@ from tests.cluster.lives import (
     NAMESPACE,
     bind,
     connect,
+    connect_operator,
     operator,
     patch,
     phase_of,
@@ -43,9 +44,9 @@ IN_QUEUE_SECONDS = 6.0
 class Place:
     """One job, its queue and its kubelet."""
 
-    def __init__(self, admin: Cluster, name: str) -> None:
+    def __init__(self, admin: Cluster, acting: Cluster, name: str) -> None:
         self.admin, self.name = admin, name
-        self.passes = operator(admin)
+        self.passes = operator(acting)
         self.gang = naming.attempt_name(name, 1)
 
     async def status(self) -> JobStatus:
@@ -111,7 +112,8 @@ class Place:
 
 
 async def story(server: Bare) -> JobStatus:
-    place = Place(Cluster(connect(server), Metrics()), "queued")
+    acting = Cluster(connect_operator(server), Metrics())
+    place = Place(Cluster(connect(server), Metrics()), acting, "queued")
     try:
         job = make_job(place.name).nodes(NODES).spec("runPolicy.queue", "research")
         job.spec("runPolicy.preRunningDeadlineSeconds", DEADLINE_SECONDS).max_restarts(0)
@@ -132,6 +134,7 @@ async def story(server: Bare) -> JobStatus:
         return await place.status()
     finally:
         await place.admin.close()
+        await acting.close()
 
 
 def test_a_queue_takes_an_attempt_back_twice_and_nothing_is_spent(bare_server: Bare) -> None:

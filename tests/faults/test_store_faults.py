@@ -190,7 +190,7 @@ class TestLargeFiles:
     ) -> None:
         s3.add(Fault("UploadPart", times=2, reset_after=MIB))
         run.store.put(large, "large")
-        run.store.get("large", tmp_path / "back")
+        run.store.get("large", tmp_path / "back", large.stat().st_size)
         assert (tmp_path / "back").read_bytes() == large.read_bytes()
 
     def test_a_part_that_always_breaks_ends_by_the_deadline(

@@ -13,7 +13,6 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,7 +42,6 @@ TRAINED, AVERAGE, OPTIMIZER, COUNTERS = (
 )
 MOST_FALLBACKS = 3
 FORGET_SECONDS = 30.0
-FILES_AT_ONCE = 4
 SPACE = 1.2
 """Free space asked for before staging, as a multiple of what is to be written."""
 
@@ -61,8 +59,23 @@ class State:
     """Counters of the whole run so far, for its summary."""
 
 
-def host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in memory, which training does not change any more."""
+def snapshot(
+    trained: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: bool = True,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Copies in memory of weights, average and optimizer, which training does not change any more:
+    all that it waits for. All ranks have to ask; one that does not keep them gets nothing."""
+    return (
+        _host_copy(sharding.gathered(trained, keep=keep)),
+        _host_copy(sharding.gathered(average, keep=keep)),
+        optimizer_tensors(optimizer, list(trained), keep=keep),
+    )
+
+
+def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
@@ -79,7 +92,7 @@ def optimizer_tensors(
         for key, value in values.items():
             tensor = sharding.whole(torch.as_tensor(value))
             if keep:
-                found[f"{key}/{names[index]}"] = tensor.cpu().clone()
+                found[f"{key}/{names[index]}"] = tensor.to("cpu", copy=True)
     return found
 
 
@@ -129,6 +142,8 @@ class Checkpoints:
     parent: str | None = None
     """What the next checkpoint continues from."""
     _evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    _sound: tuple[str, State] | None = None
+    """The folder that was found last, and what is in it, until somebody takes it."""
 
     def begin(self) -> str | None:
         """Take the run over; the folder to continue from, None in a run without checkpoints.
@@ -141,6 +156,14 @@ class Checkpoints:
         self.ledger = Ledger.claim(self.store, self.attempt, self._soundest)
         self.parent = self.ledger.newest.resumed_from
         return f"{layout.CHECKPOINTS}/{self.parent}" if self.parent else None
+
+    def check(self) -> None:
+        """Ask whether the run is still this start's.
+
+        Raises:
+            Fenced: it is not.
+        """
+        self._claimed().check()
 
     def save(
         self,
@@ -307,7 +330,8 @@ class Checkpoints:
         failures = []
         for folder in newest_first[:MOST_FALLBACKS]:
             try:
-                self.load(f"{layout.CHECKPOINTS}/{folder.name}")
+                path = f"{layout.CHECKPOINTS}/{folder.name}"
+                self._sound = path, self._read_whole(path)
                 return folder
             except CheckpointCorrupt as error:
                 log.warning("checkpoint skipped: %s", error)
@@ -323,9 +347,15 @@ class Checkpoints:
     def load(self, folder: str) -> State:
         """The state in a checkpoint, every file checked against the manifest.
 
+        What was read to find the newest sound one is not read again.
+
         Raises:
             CheckpointCorrupt: a file that is missing, cut or changed.
         """
+        sound, self._sound = self._sound, None
+        return sound[1] if sound and sound[0] == folder else self._read_whole(folder)
+
+    def _read_whole(self, folder: str) -> State:
         local = self.staging / f"load-{uuid.uuid4().hex}"
         there = self.store.find(folder)
         files = [
@@ -335,23 +365,29 @@ class Checkpoints:
         ]
         try:
             for file in files:
-                if f"{folder}/{file.path}" not in there:
-                    raise CheckpointCorrupt(f"{folder}/{file.path} is missing")
-            # One is hashed while another travels.
-            with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-                list(pool.map(lambda file: self._fetch(folder, file, local), files))
+                self._check_size(f"{folder}/{file.path}", file, there)
+            for file in files:
+                self._fetch(folder, file, local)
             return _read_state(local / layout.STATE)
         finally:
             shutil.rmtree(local, ignore_errors=True)
 
+    def _check_size(self, key: str, file: StoredFile, there: Mapping[str, int]) -> None:
+        if key not in there:
+            raise CheckpointCorrupt(f"{key} is missing")
+        if there[key] != file.size:
+            raise CheckpointCorrupt(
+                f"{key} has {there[key]} bytes, but its manifest says {file.size}"
+            )
+
     def _fetch(self, folder: str, file: StoredFile, local: Path) -> None:
         key = f"{folder}/{file.path}"
         try:
-            self.store.get(key, local / file.path)
+            digest = self.store.get(key, local / file.path, file.size)
         except StoreUnavailable:
             self._check_there(key)
             raise
-        if _describe(local, local / file.path) != file:
+        if digest != file.sha256:
             raise CheckpointCorrupt(f"{key} differs from its manifest")
 
     def _check_there(self, key: str) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from tempflow_api import checkpoint_layout as layout
+from tempflow_api.course import POINTS, course
 from tempflow_api.record import Evaluation, Metrics
 from tempflow_api.status import Progress
 
@@ -68,12 +69,19 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._rewards: list[float] = []
         (folder / layout.GRIDS).mkdir(parents=True, exist_ok=True)
 
     def append(self, name: str, line: BaseModel) -> None:
         """Add one line to a file of lines."""
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(line.model_dump_json(by_alias=True) + "\n")
+        if isinstance(line, Metrics):
+            self._rewards.append(line.reward)
+
+    def reward_course(self) -> list[float]:
+        """Of the epochs that count, for whoever looks at the job."""
+        return [float(f"{mean:.4g}") for mean in course(self._rewards, POINTS)]
 
     def lines(self, name: str, kind: type[Line]) -> list[Line]:
         """The whole lines of a file of lines; a kill may have left the last one unfinished."""
@@ -94,6 +102,7 @@ class Record:
         """Forget what lies after ``epoch``: a run that continues from there writes it again."""
         metrics = [line for line in self.lines(layout.METRICS, Metrics) if line.epoch <= epoch]
         self._replace(layout.METRICS, metrics)
+        self._rewards = [line.reward for line in metrics]
         seen = [line for line in self.lines(layout.EVALUATIONS, Evaluation) if line.epoch <= epoch]
         self._replace(layout.EVALUATIONS, seen)
 

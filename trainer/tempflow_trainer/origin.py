@@ -101,12 +101,11 @@ def check_same_run(checkpoints: Checkpoints, spec: JobSpec) -> None:
     Raises:
         ConfigChanged: a field that decides what is learned has another value.
     """
-    store, local = checkpoints.store, checkpoints.staging / "stored-run.json"
+    store = checkpoints.store
     own = spec.model_dump_json(by_alias=True, indent=1).encode()
     if store.create(layout.RUN_FILE, own):
         return
-    store.get(layout.RUN_FILE, local)
-    changed = changed_fields(JobSpec.model_validate_json(local.read_bytes()), spec)
+    changed = changed_fields(JobSpec.model_validate_json(store.read(layout.RUN_FILE)), spec)
     fixed = [p for p in changed if mutability_of(p) is Mutability.IMMUTABLE]
     if fixed:
         raise ConfigChanged(

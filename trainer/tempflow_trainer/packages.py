@@ -11,6 +11,7 @@ package says about itself. What cannot be had that way is an image of one's own.
 
 import email
 import hashlib
+import io
 import sys
 import tempfile
 import zipfile
@@ -53,15 +54,15 @@ def _unpacked(package: Package, field: str, settings: Checkpoint, folder: Path) 
     if place.is_dir():
         return place
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        wheel, contents = Path(scratch, "wheel"), Path(scratch, "contents")
+        contents = Path(scratch, "contents")
         parent, _, name = package.uri.rpartition("/")
         store = open_at(parent, settings)
-        when_it_answers(lambda: store.get(name, wheel))
-        digest = _digest(wheel)
+        wheel = when_it_answers(lambda: store.read(name))
+        digest = hashlib.sha256(wheel).hexdigest()
         if digest != package.sha256:
             raise _refused(f"{field}.sha256", f"{package.uri} has {digest}: it is another wheel")
         try:
-            with zipfile.ZipFile(wheel) as archive:
+            with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
                 archive.extractall(contents)
         except zipfile.BadZipFile as error:
             raise _refused(f"{field}.uri", f"{package.uri} is no wheel: {error}") from error
@@ -72,11 +73,6 @@ def _unpacked(package: Package, field: str, settings: Checkpoint, folder: Path) 
             raise _refused(f"{field}.uri", told)
         contents.rename(place)
     return place
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _is_pure(contents: Path) -> bool:

@@ -1,5 +1,6 @@
 """The record of a run beside its checkpoints, where these are elsewhere: it outlives the pods."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tempflow_api import checkpoint_layout as layout
@@ -12,9 +13,14 @@ class RecordCopy:
     All but the logs: each rank cares for its own, see ``log_tail``.
     """
 
-    def __init__(self, folder: Path, store: Store) -> None:
-        """``folder`` is the run's own, which holds the record."""
-        self._folder, self._store = folder, store
+    def __init__(self, folder: Path, store: Store, check_owner: Callable[[], None]) -> None:
+        """
+        Args:
+            folder: the run's own, which holds the record.
+            check_owner: raises Fenced when the run is a newer start's. It is asked before each
+                file, so a start that was paused and taken over leaves the newer one's alone.
+        """
+        self._folder, self._store, self._check_owner = folder, store, check_owner
         self._sent: dict[str, tuple[int, int]] = {}
         """Size and time of change of what the store has."""
 
@@ -23,6 +29,7 @@ class RecordCopy:
 
         Raises:
             StoreUnavailable: the store refuses.
+            Fenced: a newer start has taken the run over.
         """
         if self._in_place():
             return
@@ -33,6 +40,7 @@ class RecordCopy:
                 continue
             status = file.stat()
             if self._sent.get(key) != (status.st_size, status.st_mtime_ns):
+                self._check_owner()
                 self._store.put(file, key)
                 self._sent[key] = (status.st_size, status.st_mtime_ns)
 
@@ -46,7 +54,9 @@ class RecordCopy:
             return
         for key in self._store.find(layout.RECORD):
             if not _is_log(key):
-                self._store.get(key, self._folder / key)
+                file = self._folder / key
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(self._store.read(key))
 
     def _in_place(self) -> bool:
         return Path(self._store.uri) == self._folder.absolute()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tempflow_api.errors import StoreUnavailable, Uncommitted
+from tempflow_api.errors import Fenced, StoreUnavailable, Uncommitted
 from tempflow_trainer.checkpoint import Checkpoints, State
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Saver:
             wait_seconds: longest wait for the save before; then the new one is skipped.
             most_failures: so many failed or skipped saves in a row end the run.
             on_end: told of every save that ended, well or not, in the training's thread.
-            after: follows a commit in the saver's own thread; its failure is a warning.
+            after: follows a commit in the saver's own thread; its failure is a warning, but for
+                Fenced.
         """
         self._checkpoints = checkpoints
         self._wait_seconds, self._most_failures = wait_seconds, most_failures
@@ -144,5 +145,7 @@ class Saver:
             return
         try:
             self._after()
+        except Fenced as error:
+            save.error = error
         except (StoreUnavailable, OSError) as error:  # also a file that a tracker has taken away
             log.warning("the checkpoint is complete, but its record is not: %s", error)

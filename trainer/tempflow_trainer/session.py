@@ -86,7 +86,7 @@ class Session:
         """The guard and the saver of this run."""
         held_out = tuple(t.name for t in self.evaluator.reward.terms if t.weight == 0)
         self.guard = Guard(self.spec.guard, self.spec.algorithm.clip_range, held_out)
-        self.copy = RecordCopy(self.record.folder, self.checkpoints.store)
+        self.copy = RecordCopy(self.record.folder, self.checkpoints.store, self.checkpoints.check)
         settings = self.spec.checkpoint
         self.saver = Saver(
             self.checkpoints,
@@ -376,15 +376,18 @@ class Session:
     def _state(self) -> State:
         """A copy in memory on rank 0; the others ask with it, as it takes all of them to make
         parts whole."""
-        names, first = list(self.run.tuning.parameters()), self.run.ranks.is_first
-        trained = sharding.gathered(self.run.tuning.parameters(), keep=first)
-        average = sharding.gathered(self.run.ema.values, keep=first)
+        trained, average, optimizer = checkpoint.snapshot(
+            self.run.tuning.parameters(),
+            self.run.ema.values,
+            self.run.optimizer,
+            keep=self.run.ranks.is_first,
+        )
         return State(
             epochs_done=self.epochs_done,
             updates_done=self.run.updates_done,
-            trained=checkpoint.host_copy(trained),
-            average=checkpoint.host_copy(average),
-            optimizer=checkpoint.optimizer_tensors(self.run.optimizer, names, keep=first),
+            trained=trained,
+            average=average,
+            optimizer=optimizer,
             totals=self._totals(),
         )
 
@@ -483,6 +486,7 @@ class Session:
                 "attempt": self.checkpoints.attempt,
                 "runId": self.run_id,
                 "reward": last.reward if last else None,
+                "rewardCourse": self.record.reward_course(),
                 "imagesPerSecond": last.images_per_second if last else None,
                 "alarms": [alarm[:1024] for alarm in self.alarms[:16]],
                 "rollbacks": self.rollbacks,

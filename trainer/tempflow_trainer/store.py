@@ -5,14 +5,16 @@ now. S3 gets no listings cache (it has no expiry) and no mkdir (it would create 
 """
 
 import copy
+import hashlib
 import logging
 import os
 import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -50,8 +52,12 @@ class Store(ABC):
         """Write a key that must be new; False when it exists, which is then unchanged."""
 
     @abstractmethod
-    def get(self, key: str, file: Path) -> None:
-        """Copy into a local file."""
+    def get(self, key: str, file: Path, size: int) -> str:
+        """Copy into a local file; returns the SHA-256 of what came.
+
+        Args:
+            size: bytes that the key has, as ``find`` says; the store is not asked again.
+        """
 
     @abstractmethod
     def find(self, prefix: str) -> dict[str, int]:
@@ -64,6 +70,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, key: str) -> bytes:
         """The content of a small key."""
+
+    @abstractmethod
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Some bytes of a key; fewer only where it ends before."""
 
     @abstractmethod
     def below(self, folder: str) -> "Store":
@@ -161,16 +171,30 @@ class FolderStore(Store):
             raise self._unavailable("write", key, error) from error
         return True
 
-    def get(self, key: str, file: Path) -> None:
+    def get(self, key: str, file: Path, size: int) -> str:
+        del size
+        digest = hashlib.sha256()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._root / key, file)
+            with (self._root / key).open("rb") as source, file.open("wb") as output:
+                while block := source.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    output.write(block)
         except OSError as error:
             raise self._unavailable("read", key, error) from error
+        return digest.hexdigest()
 
     def read(self, key: str) -> bytes:
         try:
             return (self._root / key).read_bytes()
+        except OSError as error:
+            raise self._unavailable("read", key, error) from error
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        try:
+            with (self._root / key).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
         except OSError as error:
             raise self._unavailable("read", key, error) from error
 
@@ -223,6 +247,9 @@ class FolderStore(Store):
         return StoreUnavailable(f"cannot {action} {self._root / key}: {error.strerror or error}")
 
 
+_BLOCK_BYTES = 1 << 20
+
+
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -236,6 +263,19 @@ _REQUEST_SECONDS = 900.0
 """A request that is part of nothing with a deadline of its own is over by then."""
 _CONFLICTS = 5
 """Times that a store may ask to repeat a conditional write because another one ran beside it."""
+
+
+def in_order(
+    pool: ThreadPoolExecutor, action: Callable[[int], bytes], starts: Sequence[int]
+) -> Iterator[bytes]:
+    """What the action returns for each, in order; memory holds as many as may be in flight."""
+    ahead: deque[Future[bytes]] = deque()
+    for start in starts:
+        if len(ahead) == _PARTS_IN_FLIGHT:
+            yield ahead.popleft().result()
+        ahead.append(pool.submit(action, start))
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _said(error: Exception) -> str:
@@ -328,35 +368,41 @@ class S3Store(Store):
             return True
         raise AssertionError("every way through the loop ends it")
 
-    def get(self, key: str, file: Path) -> None:
+    def get(self, key: str, file: Path, size: int) -> str:
+        """Several parts at a time, as one connection is slower than the line; each is hashed while
+        the next ones travel."""
+        path, digest = f"{self._root}/{key}", hashlib.sha256()
+
+        def fetch(start: int) -> bytes:
+            end, left = min(start + _PART_BYTES, size), self._seconds()
+            block = bytes(self._fs.cat_file(path, start=start, end=end, timeout=left))
+            os.pwrite(output.fileno(), block, start)
+            return block
+
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            size = int(self._fs.info(f"{self._root}/{key}", timeout=self._seconds())["size"])
-            if size > _PART_BYTES:
-                self._get_parts(key, file, size)
-            else:
-                self._fs.get_file(f"{self._root}/{key}", str(file), timeout=self._seconds())
+            with file.open("wb") as output, ThreadPoolExecutor(_PARTS_IN_FLIGHT) as pool:
+                for block in in_order(pool, fetch, range(0, size, _PART_BYTES)):
+                    digest.update(block)
         except _REFUSALS as error:
             raise self._unavailable("read", key, error) from error
-
-    def _get_parts(self, key: str, file: Path, size: int) -> None:
-        """A large file, several parts at a time: one connection is slower than the line."""
-
-        def fetch(start: int) -> None:
-            end = min(start + _PART_BYTES, size)
-            path, left = f"{self._root}/{key}", self._seconds()
-            block = self._fs.cat_file(path, start=start, end=end, timeout=left)
-            os.pwrite(output.fileno(), block, start)
-
-        with file.open("wb") as output, ThreadPoolExecutor(_PARTS_IN_FLIGHT) as pool:
-            output.truncate(size)
-            list(pool.map(fetch, range(0, size, _PART_BYTES)))
+        return digest.hexdigest()
 
     def read(self, key: str) -> bytes:
         try:
             return bytes(self._fs.cat_file(f"{self._root}/{key}", timeout=self._seconds()))
         except _REFUSALS as error:
             raise self._unavailable("read", key, error) from error
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        path, end = f"{self._root}/{key}", start + length
+        try:
+            found = self._fs.cat_file(path, start=start, end=end, timeout=self._seconds())
+        except _REFUSALS as error:
+            if "InvalidRange" in _said(error):  # it begins where the key has ended
+                return b""
+            raise self._unavailable("read", key, error) from error
+        return bytes(found)
 
     def below(self, folder: str) -> Store:
         inner = copy.copy(self)

@@ -69,3 +69,15 @@ servers of rewards. */}}
   resources: [configmaps]
   verbs: [create, update, patch, delete]
 {{- end -}}
+
+{{/* What reading a store from inside takes (--via-cluster, doctor --probe). It is no part of edit:
+     whoever may create any pod may do more than run jobs. Kubernetes' own edit has it. */}}
+{{- define "tempflow.viaClusterRules" -}}
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, create, delete]
+# A WebSocket begins with a GET; newer API servers also ask for create.
+- apiGroups: [""]
+  resources: [pods/portforward]
+  verbs: [get, create]
+{{- end -}}

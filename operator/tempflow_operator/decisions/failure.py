@@ -24,7 +24,7 @@ class FailureClass(StrEnum):
     """A further attempt makes sense and uses one of ``maxRestarts``."""
     PREFLIGHT = "preflight"
     """Nothing was trained, because a check before found the pods unfit: a further attempt, perhaps
-    on other nodes, which uses none."""
+    on other nodes, which uses one of ``maxPreflightRestarts``."""
     DISRUPTION = "disruption"
     """The cluster took pods away: a further attempt, which uses none."""
 

@@ -236,6 +236,15 @@ _OUTCOMES: dict[FailureClass, Outcome] = {
     FailureClass.DISRUPTION: "Disrupted",
     FailureClass.PREFLIGHT: "Unfit",
 }
+_COUNTERS = {
+    FailureClass.DISRUPTION: "disruptions",
+    FailureClass.PREFLIGHT: "preflights",
+    FailureClass.RETRIABLE: "failures",
+}
+_EXHAUSTED = {
+    FailureClass.PREFLIGHT: Reason.PREFLIGHT_RESTARTS_EXHAUSTED,
+    FailureClass.RETRIABLE: Reason.RESTARTS_EXHAUSTED,
+}
 
 
 def _ended(ledger: Ledger, job: TrainingJob, ending: Ending, at: float, timing: Timing) -> Ledger:
@@ -243,22 +252,25 @@ def _ended(ledger: Ledger, job: TrainingJob, ending: Ending, at: float, timing: 
     ledger = _closed(ledger, _OUTCOMES.get(kind, "Failed"), at, cause)
     if kind is FailureClass.PERMANENT:
         return _give_up(ledger, Reason.PERMANENT_FAILURE, failure.sentence(cause), at)
-    restarts = ledger.restarts
-    if kind is FailureClass.DISRUPTION:
-        restarts = restarts.model_copy(update={"disruptions": restarts.disruptions + 1})
-        count = restarts.disruptions
-    elif kind is FailureClass.PREFLIGHT:
-        restarts = restarts.model_copy(update={"preflights": restarts.preflights + 1})
-        count = restarts.preflights
-    else:
-        allowed = job.spec.run_policy.max_restarts if job.spec is not None else 0
-        if restarts.failures >= allowed:
-            told = f"{failure.sentence(cause)} (restarts used: {restarts.failures} of {allowed})"
-            return _give_up(ledger, Reason.RESTARTS_EXHAUSTED, told, at)
-        restarts = restarts.model_copy(update={"failures": restarts.failures + 1})
-        count = restarts.failures
-    wait = failure.pause(kind, count, timing, salt=f"{job.uid}/{ledger.attempt}")
+    counter = _COUNTERS[kind]
+    used: int = getattr(ledger.restarts, counter)
+    allowed = _allowed(kind, job)
+    if allowed is not None and used >= allowed:
+        told = f"{failure.sentence(cause)} (restarts used: {used} of {allowed})"
+        return _give_up(ledger, _EXHAUSTED[kind], told, at)
+    restarts = ledger.restarts.model_copy(update={counter: used + 1})
+    wait = failure.pause(kind, used + 1, timing, salt=f"{job.uid}/{ledger.attempt}")
     return replace(ledger, restarts=restarts, next_attempt_at=at + wait)
+
+
+def _allowed(kind: FailureClass, job: TrainingJob) -> int | None:
+    """How many further attempts endings of that class may have; None for any number."""
+    if kind is FailureClass.DISRUPTION:
+        return None
+    if job.spec is None:
+        return 0
+    policy = job.spec.run_policy
+    return policy.max_preflight_restarts if kind is FailureClass.PREFLIGHT else policy.max_restarts
 
 
 def _closed(ledger: Ledger, outcome: Outcome, at: float | None, cause: Failure | None) -> Ledger:

@@ -49,8 +49,14 @@ Action = Create | Delete
 def next_attempt(
     ledger: Ledger, job: TrainingJob, seen: Snapshot, now: float, timing: Timing
 ) -> Ledger:
-    """``ledger`` with the next attempt opened, when it is time for one."""
+    """``ledger`` with the next attempt opened, when it is time for one.
+
+    Status has to know first how the last one ended: a pass that starts the next one and dies before
+    it writes status would otherwise take that with it, and the restart that it counts.
+    """
     if ledger.end is not None or ledger.open or job.suspend or job.deleting or job.spec is None:
+        return ledger
+    if ledger.attempts != tuple(job.status.attempts):
         return ledger
     if ledger.next_attempt_at is not None and now < ledger.next_attempt_at:
         return ledger

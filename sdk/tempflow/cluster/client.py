@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
-from tempflow.checkpoints import Step
+from tempflow.checkpoints import Step, Store
 from tempflow.cluster import logs as log_reading
+from tempflow.cluster import reader_pod
 from tempflow.cluster.connection import (
     CONFIG_MAPS,
     EVENTS,
     JOBS,
     MERGE_PATCH,
     PODS,
+    READ_SECONDS,
     Connection,
     Raw,
     connect,
@@ -24,8 +27,9 @@ from tempflow.cluster.errors import (
     WaitTimeout,
 )
 from tempflow.cluster.job import Event, Job, JobEvent, LogLine, concerns, event_of
+from tempflow.cluster.reader import reader
 from tempflow.cluster.submission import Prompts, prepare
-from tempflow.cluster.watching import Patience, changes, every
+from tempflow.cluster.watching import Patience, changes, every, passes
 from tempflow.manifest import Manifest
 from tempflow_api import naming
 from tempflow_api.conditions import ConditionType
@@ -169,9 +173,12 @@ class Client:
 
     def get(self, name: str, *, namespace: str | None = None) -> Job:
         """Raises NotFound."""
+        return self._get(name, READ_SECONDS, namespace)
+
+    def _get(self, name: str, read_seconds: float, namespace: str | None = None) -> Job:
         target = namespace or self.namespace
-        what = f"job {target}/{name}"
-        return Job(self._connection.send("GET", JOBS.path(target, name), what=what))
+        path, what = JOBS.path(target, name), f"job {target}/{name}"
+        return Job(self._connection.send("GET", path, what=what, read_seconds=read_seconds))
 
     def list(self, *, all_namespaces: bool = False, selector: str = "") -> Sequence[Job]:
         """By namespace and name; ``selector`` is a label selector."""
@@ -217,11 +224,16 @@ class Client:
         uid, version = first.uid, ""
         while True:
             try:
-                job = self.get(name)
+                job = self._get(name, _seconds_left(deadline))
                 patience.answered()
             except NotFound as error:
                 raise NotFound(f"job {self.namespace}/{name} was deleted", 404) from error
             except ClusterError as error:
+                if deadline is not None and time.monotonic() >= deadline and passes(error):
+                    raise WaitTimeout(
+                        f"job {self.namespace}/{name}: not {kind} after {timeout_seconds:.0f} s, "
+                        f"as far as is known: {error}"
+                    ) from error
                 patience.endure(error)
                 continue
             if job.uid != uid:
@@ -383,12 +395,61 @@ class Client:
 
         return checkpoints.steps(checkpoints.open_store(*self.store_of(name)))
 
+    @contextmanager
+    def store_inside(
+        self,
+        name: str,
+        *,
+        image: str | None = None,
+        on_start: Callable[[str], None] = lambda _pod: None,
+    ) -> Iterator[Store]:
+        """The store of the job's run, read from inside the cluster, where it may be all that can.
+
+        A pod like the job's own, but without GPUs, reads it, and what it reads comes here through
+        the API server; the pod is deleted at the end of the block. ``image`` is the trainer's;
+        without it, that of the job. Raises NotFound where that cannot be known any more, Forbidden
+        without the role ``tempflow-via-cluster``, and WaitTimeout when the pod does not start.
+        """
+        from tempflow import checkpoints
+
+        job = self.get(name)
+        uri, _, _ = self.store_of(name)
+        described = job.spec.checkpoint.model_copy(update={"uri": uri})
+        with reader(
+            self._connection,
+            job.spec,
+            described,
+            namespace=job.namespace,
+            image=image or self._image_of(job),
+            owner=dict(job.raw),
+            give_up_seconds=self._give_up_seconds,
+            on_start=on_start,
+        ) as files:
+            yield checkpoints.Store(files, uri.removeprefix("s3://"), uri)
+
+    def _image_of(self, job: Job) -> str:
+        image = job.spec.compute.image or reader_pod.image_of(self._pods(job))
+        if image is None:
+            raise NotFound(
+                f"job {job.namespace}/{job.name} names no spec.compute.image, and its pods are "
+                "gone: say with --image which image of the trainer is to read its store",
+                404,
+            )
+        return image
+
     def store_of(self, name: str) -> tuple[str, str | None, str | None]:
         """Where the job's run is stored: address, endpoint and region."""
         job = self.get(name)
         kept = job.spec.checkpoint
         uri = f"{(kept.uri or '').rstrip('/')}/{job.run_folder}"
         return uri, kept.endpoint_url, kept.region
+
+
+def _seconds_left(deadline: float | None) -> float:
+    """For an answer: at least a second, as what is over by then may be what was waited for."""
+    if deadline is None:
+        return READ_SECONDS
+    return min(READ_SECONDS, max(1.0, deadline - time.monotonic()))
 
 
 def _reached(job: Job, kind: ConditionType) -> bool:

@@ -24,8 +24,10 @@ from kubernetes.config import (
     load_incluster_config,
     load_kube_config,
 )
+from websocket import WebSocketBadStatusException, WebSocketException
 
-from tempflow.cluster.errors import ClusterError, Unauthorized, Unreachable, refusal
+from tempflow.cluster.errors import ClusterError, Silent, Unauthorized, Unreachable, refusal
+from tempflow.cluster.tunnel import Tunnel, open_websocket
 from tempflow_api import naming
 
 Raw = dict[str, Any]
@@ -88,11 +90,12 @@ class Connection:
         body: object = None,
         content_type: str = JSON,
         accept: str = JSON,
+        read_seconds: float = READ_SECONDS,
     ) -> Raw:
         """One request and its JSON; ``what`` names its object in errors."""
         with self._errors(what):
             response = self._open(
-                method, path, query, body, content_type, accept, (CONNECT_SECONDS, READ_SECONDS)
+                method, path, query, body, content_type, accept, (CONNECT_SECONDS, read_seconds)
             )
             text = bytes(response.read())
         return _answer(response.status, text, what)
@@ -120,7 +123,7 @@ class Connection:
         """Lines of a GET as they arrive; what comes after the last line's end only if asked for.
 
         The iterator ends when the server ends the answer, and raises Unreachable when the
-        connection breaks, or says nothing for ``idle_seconds``.
+        connection breaks, of that Silent when it says nothing for ``idle_seconds``.
         """
         with self._errors(what):
             timeout = (CONNECT_SECONDS, idle_seconds)
@@ -133,12 +136,27 @@ class Connection:
         finally:
             raw.close()
 
+    def port(self, namespace: str, pod: str, number: int, *, what: str) -> Tunnel:
+        """A new connection to a port of the pod, as ``kubectl port-forward`` has it."""
+        path = PODS.path(namespace, pod, "portforward")
+        _, url, headers, *_ = self._request("GET", path, {"ports": str(number)}, None, {})
+        try:
+            with self._errors(what):
+                return Tunnel(open_websocket(self._api.configuration, url, headers, READ_SECONDS))
+        except WebSocketBadStatusException as error:
+            raise _refused(error.status_code, error.resp_body or b"", what) from error
+
     def _lines(self, raw: urllib3.HTTPResponse, what: str, *, with_rest: bool) -> Iterator[bytes]:
         rest = b""
         with self._errors(what):
-            for block in raw.stream(1 << 16):
-                *whole, rest = (rest + block).split(b"\n")
-                yield from whole
+            try:
+                for block in raw.stream(1 << 16):
+                    *whole, rest = (rest + block).split(b"\n")
+                    yield from whole
+            except urllib3.exceptions.ReadTimeoutError as error:
+                raise Silent(
+                    f"{what}: nothing comes any more from {self.server}: give the command again"
+                ) from error
         if with_rest and rest:
             yield rest
 
@@ -153,12 +171,24 @@ class Connection:
         timeout: tuple[float, float | None],
     ) -> Any:
         headers = {"Accept": accept}
-        parameters = list((query or {}).items())
         if body is not None:
             headers["Content-Type"] = content_type
+        call = self._request(method, path, query, body, headers)
+        return self._api.call_api(*call, _request_timeout=timeout)  # type: ignore[misc]
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: object,
+        headers: dict[str, str],
+    ) -> tuple[Any, ...]:
+        """Method, URL, headers with who asks, and body."""
+        parameters = list((query or {}).items())
         if method in ("POST", "PUT", "PATCH"):
             parameters.append(("fieldManager", FIELD_MANAGER))
-        call = self._api.param_serialize(
+        return self._api.param_serialize(
             method,
             path,
             query_params=parameters,
@@ -166,7 +196,6 @@ class Connection:
             body=body,
             auth_settings=["BearerToken"],
         )
-        return self._api.call_api(*call, _request_timeout=timeout)
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -175,7 +204,9 @@ class Connection:
             yield
         except ClusterError:
             raise
-        except (urllib3.exceptions.HTTPError, OSError, ApiException) as error:
+        except WebSocketBadStatusException:
+            raise  # an answer
+        except (urllib3.exceptions.HTTPError, OSError, ApiException, WebSocketException) as error:
             raise Unreachable(
                 f"{what}: no answer from {self.server} ({_cause(error)}): is the cluster up, and "
                 "the right --context chosen?"

@@ -10,8 +10,10 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any, Literal
 
+from tempflow.cluster import needs, reader_pod
 from tempflow.cluster.connection import JOBS, PODS, Connection, Raw
 from tempflow.cluster.errors import ClusterError, Forbidden, NotFound
+from tempflow.cluster.reader import reader
 from tempflow.cluster.watching import every
 from tempflow_api import naming
 from tempflow_api.crd import spec_schema
@@ -26,7 +28,8 @@ _UNSEEN_SECONDS = 60.0
 _GPU = "nvidia.com/gpu"
 _KUEUE = "kueue.x-k8s.io"
 _OPERATOR = "app.kubernetes.io/name=tempflow,app.kubernetes.io/component=operator"
-_PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+_INSIDE = "storage inside"
+_PROBE_SECONDS = 60.0
 
 # What the verbs of the command line ask for: group, resource, verbs.
 NEEDED_RIGHTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -49,14 +52,26 @@ class Finding:
     """Empty where there is nothing to do."""
 
 
-def examine(connection: Connection, job: TempFlowGRPOJob | None = None) -> Iterator[Finding]:
-    """The findings in the order of the checks; with ``job``, also whether that job could run."""
+def examine(
+    connection: Connection,
+    job: TempFlowGRPOJob | None = None,
+    *,
+    probe: bool = False,
+    image: str | None = None,
+) -> Iterator[Finding]:
+    """The findings in the order of the checks; with ``job``, also whether that job could run.
+
+    ``probe`` starts a pod like one of the job's, of ``image`` or the job's own, which does in the
+    store what a start of the run does.
+    """
     first = _guarded("api server", lambda: _server(connection))
     yield first
     if first.state == "fault":
         return  # every other answer would be the same
     for name, check in _CHECKS.items():
         yield _guarded(name, lambda check=check: check(connection, job))  # type: ignore[misc]
+    if probe and job is not None:
+        yield _guarded(_INSIDE, lambda: _storage_inside(connection, job, image))
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
@@ -297,13 +312,76 @@ def _storage(_connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
     return Finding("storage", "ok", f"{kept.uri} can be listed from this machine")
 
 
+def _storage_inside(connection: Connection, job: TempFlowGRPOJob, image: str | None) -> Finding:
+    kept = job.spec.checkpoint
+    if kept.uri is None or not kept.uri.startswith("s3://"):
+        found = f"spec.checkpoint.uri is {kept.uri or 'missing'}, which no pod reaches"
+        return Finding(_INSIDE, "fault", found, "write s3://bucket/prefix there")
+    used = image or job.spec.compute.image or _image_in_use(connection)
+    if used is None:
+        found = "the manifest names no spec.compute.image, and no pod here tells of one"
+        return Finding(_INSIDE, "unknown", found, "name the trainer's image with --image")
+    try:
+        with reader(
+            connection,
+            job.spec,
+            kept,
+            namespace=connection.namespace,
+            image=used,
+            give_up_seconds=_PROBE_SECONDS,
+        ) as files:
+            files.probe()
+    except StoreUnavailable as error:
+        remedy = "correct spec.checkpoint, or the credentials in the Secret of spec.compute"
+        return Finding(_INSIDE, "fault", str(error), remedy)
+    except Forbidden as error:
+        return Finding(_INSIDE, "unknown", str(error))
+    found = f"a pod can create, list, read and delete in {kept.uri}"
+    return Finding(_INSIDE, "ok", found)
+
+
+def _image_in_use(connection: Connection) -> str | None:
+    """What the chart's trainerImage was for the last job of this namespace."""
+    query = {"labelSelector": naming.LABEL_JOB_UID}
+    pods, _ = every(connection, PODS.path(connection.namespace), query, what="pods")
+    return reader_pod.image_of(pods)
+
+
+def _objects(connection: Connection, job: TempFlowGRPOJob | None) -> Finding:
+    """What the manifest names; a Secret's values are not looked at."""
+    if job is None:
+        return Finding("objects", "unknown", "name a manifest, and what it names is looked for")
+    wanted = list(needs.named(job.spec, connection.namespace))
+    wrong, hidden = [], []
+    for one in wanted:
+        try:
+            found = connection.send("GET", f"{one.path}/{one.name}", what=str(one))
+        except NotFound:
+            wrong.append(f"there is no {one}")
+            continue
+        except Forbidden:
+            hidden.append(str(one))
+            continue
+        complaint = one.wrong(found)
+        if complaint:
+            wrong.append(f"{one} {complaint}")
+        if one.word == "PersistentVolumeClaim" and (another := needs.storage_class(found)):
+            wanted.append(another)
+    if wrong:
+        where = f"create what is missing in namespace {connection.namespace}"
+        return Finding("objects", "fault", "; ".join(wrong), f"{where}, or correct these fields")
+    if hidden:
+        return Finding("objects", "unknown", f"you may not look at {', '.join(hidden)}")
+    return Finding("objects", "ok", f"{', '.join(map(str, wanted)) or 'the manifest names none'}")
+
+
 def _images(connection: Connection, _job: TempFlowGRPOJob | None) -> Finding:
     query = {"labelSelector": naming.LABEL_JOB_UID}
     pods, _ = every(connection, PODS.path(connection.namespace), query, what="pods")
     for pod in pods:
         for status in pod.get("status", {}).get("containerStatuses") or []:
             waiting = status.get("state", {}).get("waiting") or {}
-            if waiting.get("reason") in _PULL:
+            if waiting.get("reason") in reader_pod.PULL_REASONS:
                 found = f"{pod['metadata']['name']}: {status['image']}: {waiting['reason']}"
                 remedy = "correct spec.compute.image (or the chart's trainerImage), or push it"
                 return Finding("images", "fault", found, remedy)
@@ -320,6 +398,7 @@ _CHECKS: dict[str, _Check] = {
     "gpus": _gpus,
     "queue": _queue,
     "dns": _dns,
+    "objects": _objects,
     "storage": _storage,
     "images": _images,
 }

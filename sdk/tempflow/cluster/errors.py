@@ -33,6 +33,11 @@ class Unreachable(ClusterError):
     exit_code = ExitCode.UNREACHABLE
 
 
+class Silent(Unreachable):
+    """A stream was opened and then said nothing for a while, which may be well. Handled by whoever
+    follows it."""
+
+
 class Unauthorized(ClusterError):
     exit_code = ExitCode.UNAUTHORIZED
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from tempflow.cluster.connection import PODS, Connection, Raw
-from tempflow.cluster.errors import ClusterError, Invalid, NotFound
+from tempflow.cluster.errors import ClusterError, Invalid, NotFound, Silent
 from tempflow.cluster.job import LogLine
 from tempflow.cluster.watching import Patience
 from tempflow_api import naming
@@ -27,6 +27,8 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 # A stream that is silent for so long is opened anew: a peer that is gone would be silent, too.
 _IDLE_SECONDS = 60.0
+# How long a log that its node refuses is asked for after the job has ended.
+_LAST_SECONDS = 15.0
 # How long a line of a live log waits for an earlier one of another rank.
 _HOLD_SECONDS = 0.5
 _STAMP = re.compile(rb"^(\S+?)(?:\.(\d+))?(Z|[-+]\d\d:\d\d) (.*)$", re.DOTALL)
@@ -139,18 +141,22 @@ def merged(
 def follow_one(
     connection: Connection,
     log: PodLog,
+    patience: Patience,
     *,
-    give_up_seconds: float | None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Moment, LogLine]]:
     """The lines of one pod until its container has ended or the pod is gone."""
-    patience = Patience(give_up_seconds)
     ended = False
     while not stopped():
         try:
-            for new in log.read(connection, follow=not ended, last=ended):
-                patience.answered()
-                yield new
+            try:
+                for new in log.read(connection, follow=not ended, last=ended):
+                    patience.answered()
+                    yield new
+            except Silent:
+                if ended:
+                    raise
+                # A long epoch; or the end, of which nobody told.
             if ended:
                 return
             ended = _has_ended(connection, log)  # then once more: lines may have come since
@@ -217,23 +223,26 @@ class Follower:
         self._give_up_seconds = give_up_seconds
         self._queue: queue.Queue[tuple[Moment, LogLine] | Exception] = queue.Queue(maxsize=10_000)
         self._threads: dict[str, threading.Thread] = {}
+        self._patience: list[Patience] = []
         self._stop = threading.Event()
 
     def start(self, key: str, log: PodLog) -> None:
         """Begin to read a pod, once."""
         if key not in self._threads:
-            thread = threading.Thread(target=self._run, args=(log,), daemon=True)
+            patience = Patience(self._give_up_seconds)
+            thread = threading.Thread(target=self._run, args=(log, patience), daemon=True)
+            self._patience.append(patience)
             self._threads[key] = thread
             thread.start()
 
-    def _run(self, log: PodLog) -> None:
+    def hurry(self) -> None:
+        """The job is over: a node that does not give its log now is lost with it."""
+        for patience in self._patience:
+            patience.refused_seconds = _LAST_SECONDS
+
+    def _run(self, log: PodLog, patience: Patience) -> None:
         try:
-            for new in follow_one(
-                self._connection,
-                log,
-                give_up_seconds=self._give_up_seconds,
-                stopped=self._stop.is_set,
-            ):
+            for new in follow_one(self._connection, log, patience, stopped=self._stop.is_set):
                 self._put(new)
                 if self._stop.is_set():
                     return
@@ -283,6 +292,8 @@ def live(
             now = time.monotonic()
             if may_come and now - last_look >= poll_seconds:
                 may_come, last_look = more(follower), now
+                if not may_come:
+                    follower.hurry()
             new = follower.next(0.1)
             if new is not None:
                 held.put(*new, time.monotonic())

@@ -12,9 +12,8 @@ from rich.live import Live
 
 from tempflow.cluster.job import Event, Job, LogLine
 from tempflow.render import live_view, say
-from tempflow.wording import columns, duration, number
+from tempflow.wording import columns, duration, number, sparkline
 from tempflow_api.conditions import ConditionType
-from tempflow_api.status import Progress
 
 _HIDDEN = ("managedFields",)
 
@@ -86,6 +85,16 @@ def status_line(job: Job) -> str:
     if job.status.restarts.failures + job.status.restarts.disruptions:
         parts.append(f"attempt {job.status.attempt}")
     return f"{', '.join(parts)}{_reason(job)}"
+
+
+def status_lines(job: Job) -> Iterator[str]:
+    """Where it is, and how its reward got there."""
+    yield status_line(job)
+    progress = job.status.progress
+    if progress is not None and len(progress.reward_course) > 1:
+        course = progress.reward_course
+        ends = f"{number(course[0])} -> {number(course[-1])}"
+        yield f"  reward  {sparkline(course, len(course))}  {ends}"
 
 
 def _reason(job: Job) -> str:
@@ -191,8 +200,6 @@ class LiveLook:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._job: Job | None = None
-        self._rewards: list[float] = []
-        self._epoch = -1
         self._phase = ""
         self._live = Live(
             console=console, get_renderable=self._view, refresh_per_second=4, transient=True
@@ -207,10 +214,6 @@ class LiveLook:
 
     def show(self, job: Job) -> None:
         self._job = job
-        progress = job.status.progress
-        if progress is not None and progress.reward is not None and progress.epoch != self._epoch:
-            self._epoch = progress.epoch
-            self._rewards.append(progress.reward)
         if job.phase not in ("Running", self._phase) and not job.finished:
             say(self._console, status_line(job))
         self._phase = job.phase
@@ -219,15 +222,9 @@ class LiveLook:
         job = self._job
         if job is None:
             return ""
-        return live_view(job.name, _epochs(job), _progress(job), self._rewards)
-
-
-def _epochs(job: Job) -> int:
-    return job.spec.algorithm.epochs
-
-
-def _progress(job: Job) -> Progress | None:
-    return job.status.progress
+        progress = job.status.progress
+        course = progress.reward_course if progress is not None else []
+        return live_view(job.name, job.spec.algorithm.epochs, progress, course)
 
 
 def look(console: Console, *, plain: bool) -> PlainLook | LiveLook:

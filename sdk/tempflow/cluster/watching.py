@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tempflow.cluster.connection import Connection, Raw
-from tempflow.cluster.errors import ClusterError, Expired, Unreachable, refusal
+from tempflow.cluster.errors import ClusterError, Expired, Silent, Unreachable, refusal
 
 Kind = Literal["added", "changed", "deleted"]
 
 PAGE = "500"
 # The server ends a watch after this time, and tells its version about once a minute until then.
+# One that says less is asked anew: it may be a connection whose other end is gone.
 _WATCH_SECONDS = 240
-_IDLE_SECONDS = _WATCH_SECONDS + 30.0
+_IDLE_SECONDS = 90.0
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
 
@@ -35,6 +36,8 @@ class Patience:
     give_up_seconds: float | None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    refused_seconds: float | None = None
+    """Less patience with a server that does answer, but not with what is wanted."""
     _since: float | None = field(default=None, init=False)
     _pause: float = field(default=_FIRST_PAUSE_SECONDS, init=False)
 
@@ -47,7 +50,8 @@ class Patience:
             raise error
         now = self.clock()
         self._since = now if self._since is None else self._since
-        if self.give_up_seconds is not None and now - self._since >= self.give_up_seconds:
+        limits = [self.give_up_seconds, self.refused_seconds if error.code else None]
+        if any(limit is not None and now - self._since >= limit for limit in limits):
             raise error
         self.sleep(self._pause * random.uniform(0.7, 1.3))  # noqa: S311 - spreads load
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
@@ -105,6 +109,8 @@ def changes(
             patience.sleep(_FIRST_PAUSE_SECONDS)  # the server has ended the watch, as it does
         except Expired:
             version = ""
+        except Silent:
+            patience.answered()
         except ClusterError as error:
             if not begun:
                 raise

@@ -8,13 +8,18 @@ import typer
 from tempflow.verbs.options import (
     Context,
     EndpointUrl,
+    From,
+    Image,
     Kubeconfig,
     Namespace,
     Profile,
     TextOrJson,
+    ViaCluster,
+    checkpoint_of,
     console,
     open_checkpoint,
     open_run,
+    run_of,
 )
 from tempflow.verbs.pull import pull
 
@@ -39,6 +44,8 @@ def list_checkpoints(
     uri: Uri,
     endpoint_url: EndpointUrl = None,
     profile: Profile = None,
+    via_cluster: ViaCluster = False,
+    image: Image = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -50,13 +57,14 @@ def list_checkpoints(
     Examples:
       tempflow checkpoints list runs/digits
       tempflow checkpoints list s3://my-bucket/tempflow/digits
-      tempflow checkpoints list job/digits -n research
+      tempflow checkpoints list job/digits -n research --via-cluster
     """
     from tempflow import checkpoints, listing
 
-    store = open_run(uri, endpoint_url, profile, (kubeconfig, context, namespace))
-    checkpoints.require_folder(store)
-    found, pinned = checkpoints.steps(store), checkpoints.pinned(store)
+    cluster = (kubeconfig, context, namespace)
+    with run_of(From(uri, endpoint_url, profile, cluster, via_cluster, image)) as store:
+        checkpoints.require_folder(store)
+        found, pinned = checkpoints.steps(store), checkpoints.pinned(store)
     for line in listing.checkpoints_as(output, found, store.uri, pinned):
         typer.echo(line)
 
@@ -67,6 +75,8 @@ def show(
     step: StepNumber = None,
     endpoint_url: EndpointUrl = None,
     profile: Profile = None,
+    via_cluster: ViaCluster = False,
+    image: Image = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -83,8 +93,9 @@ def show(
     from tempflow import checkpoints, listing
 
     cluster = (kubeconfig, context, namespace)
-    store, chosen = open_checkpoint(uri, step, endpoint_url, profile, cluster)
-    pinned = checkpoints.pinned(store)
+    source = From(uri, endpoint_url, profile, cluster, via_cluster, image)
+    with checkpoint_of(source, step) as (store, chosen):
+        pinned = checkpoints.pinned(store)
     for line in listing.checkpoint_as(output, chosen, store.uri, pinned):
         typer.echo(line)
 
@@ -97,6 +108,8 @@ def verify(
     ] = None,
     endpoint_url: EndpointUrl = None,
     profile: Profile = None,
+    via_cluster: ViaCluster = False,
+    image: Image = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -116,12 +129,13 @@ def verify(
     from tempflow_api.errors import CheckpointCorrupt
 
     cluster = (kubeconfig, context, namespace)
-    store, newest = open_checkpoint(uri, step, endpoint_url, profile, cluster)
+    source = From(uri, endpoint_url, profile, cluster, via_cluster, image)
     named = layout.parse_folder(uri.rstrip("/").rpartition("/")[2]) is not None
-    found = [newest] if named or step is not None else checkpoints.steps(store)
-    total = sum(one.size for one in found)
-    with listing.transfer(console(stderr=True), total, "verifying") as advance:
-        wrong = pulling.verify(store, found, advance)
+    with checkpoint_of(source, step) as (store, newest):
+        found = [newest] if named or step is not None else checkpoints.steps(store)
+        total = sum(one.size for one in found)
+        with listing.transfer(console(stderr=True), total, "verifying") as advance:
+            wrong = pulling.verify(store, found, advance)
     if output == "json":
         typer.echo(json.dumps(wrong, indent=2))
     else:

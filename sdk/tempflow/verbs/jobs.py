@@ -66,7 +66,7 @@ def status(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Show how far a job is: live in a terminal, one line in a pipe.
+    """Show how far a job is and how its reward went: live in a terminal, once in a pipe.
 
     \b
     Examples:
@@ -83,7 +83,7 @@ def status(
         if output != "text":
             typer.echo(showing.objects(output, [found], several=False))
         elif once or found.finished or not (watch or screen.is_terminal):
-            typer.echo(showing.status_line(found))
+            typer.echo("\n".join(showing.status_lines(found)))
         else:
             # How it ended is an answer here, not an error.
             with (
@@ -93,7 +93,7 @@ def status(
             ):
                 cluster.wait(job, on_change=look.show)
             if screen.is_terminal:  # where the view is gone by now
-                typer.echo(showing.status_line(cluster.get(job)))
+                typer.echo("\n".join(showing.status_lines(cluster.get(job))))
 
 
 @app.command()

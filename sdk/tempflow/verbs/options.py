@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -41,6 +42,43 @@ Profile = Annotated[
     str | None,
     typer.Option("--profile", metavar="NAME", help="Of the AWS configuration; default its own."),
 ]
+
+ViaCluster = Annotated[
+    bool,
+    typer.Option(
+        "--via-cluster", help="Of job/NAME: read by a pod in the cluster, where the store may be."
+    ),
+]
+Image = Annotated[
+    str | None,
+    typer.Option("--image", metavar="IMAGE", help="Of that pod; default the job's own."),
+]
+
+
+@dataclass(frozen=True)
+class From:
+    """Where a stored run is read from, as the command line says it."""
+
+    uri: str
+    endpoint_url: str | None
+    profile: str | None
+    cluster: Place
+    via_cluster: bool = False
+    image: str | None = None
+
+    def check(self) -> None:
+        """Refuse what does not fit together."""
+        if not self.via_cluster:
+            if self.image is not None:
+                raise typer.BadParameter("--image is that of the pod of --via-cluster: add it")
+            return
+        if not self.uri.startswith(JOB_PREFIX):
+            raise typer.BadParameter(f"got {self.uri}: with --via-cluster expects job/NAME")
+        if self.endpoint_url or self.profile:
+            raise typer.BadParameter(
+                "--endpoint-url and --profile are for a store that is read from here: leave them "
+                "out with --via-cluster, where the job says both"
+            )
 
 
 def names_of_jobs(context: typer.Context, incomplete: str) -> list[str]:
@@ -103,6 +141,38 @@ def open_checkpoint(
 
     address, endpoint, region = _stored_at(uri, endpoint_url, cluster)
     return checkpoints.find(address, step, endpoint, region, profile)
+
+
+@contextmanager
+def run_of(source: From) -> "Iterator[Store]":
+    """The stored run, to be read only."""
+    source.check()
+    if not source.via_cluster:
+        yield open_run(source.uri, source.endpoint_url, source.profile, source.cluster)
+        return
+    name = source.uri.removeprefix(JOB_PREFIX)
+    with (
+        client(*source.cluster) as asked,
+        asked.store_inside(name, image=source.image, on_start=_tell_pod) as store,
+    ):
+        yield store
+
+
+def _tell_pod(name: str) -> None:
+    typer.echo(f"reads through pod {name}", err=True)
+
+
+@contextmanager
+def checkpoint_of(source: From, step: int | None) -> "Iterator[tuple[Store, Step]]":
+    """A checkpoint of that run, to be read only."""
+    from tempflow import checkpoints
+
+    if not source.via_cluster:
+        source.check()
+        yield open_checkpoint(source.uri, step, source.endpoint_url, source.profile, source.cluster)
+        return
+    with run_of(source) as store:
+        yield store, checkpoints.choose(store, step)
 
 
 def _stored_at(

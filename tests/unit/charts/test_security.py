@@ -77,7 +77,7 @@ def test_some_namespaces_need_nothing_outside_of_namespaces(helm: Helm) -> None:
 def test_both_modes_grant_the_operator_the_same(helm: Helm) -> None:
     whole = of_kind(helm.objects("--values", DEFAULT), "ClusterRole")
     some = of_kind(helm.objects("--values", NAMESPACED), "Role")
-    for name in ("tempflow", "tempflow-view", "tempflow-edit"):
+    for name in ("tempflow", "tempflow-view", "tempflow-edit", "tempflow-via-cluster"):
         rules = [role["rules"] for role in whole + some if role["metadata"]["name"] == name]
         assert len(rules) == 3
         assert rules[0] == rules[1] == rules[2]
@@ -101,6 +101,18 @@ def test_edit_runs_jobs_and_view_changes_nothing(helm: Helm) -> None:
     assert ("tempflow.dev", "tempflowgrpojobs/status", "patch") not in edit
     labels = roles["tempflow-edit"]["metadata"]["labels"]
     assert labels["rbac.authorization.k8s.io/aggregate-to-edit"] == "true"
+
+
+def test_edit_creates_no_pods_and_reading_inside_is_a_role_of_its_own(helm: Helm) -> None:
+    roles = {r["metadata"]["name"]: r for r in _roles(helm.objects("--values", DEFAULT))}
+    assert not [
+        g
+        for g in _granted([roles["tempflow-edit"]])
+        if "pods" in g[1] and g[2] != "get" and g[2] not in {"list", "watch"}
+    ]
+    inside = roles["tempflow-via-cluster"]
+    assert {resource for _, resource, _ in _granted([inside])} == {"pods", "pods/portforward"}
+    assert not [label for label in inside["metadata"]["labels"] if "aggregate" in label]
 
 
 def test_the_operator_gets_variables_that_it_reads(helm: Helm) -> None:

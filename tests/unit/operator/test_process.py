@@ -350,3 +350,21 @@ class TestHeard:
             heard.note("team", str(number), self.words(1))
         assert heard.of("team", "0") is None
         assert heard.of("team", "10000") is not None
+
+
+class TestKnown:
+    def metadata(self, generation: int = 1, **more: str) -> dict[str, object]:
+        return {"uid": "job-1", "generation": generation, **more}
+
+    def test_a_status_that_was_written_concerns_nobody(self) -> None:
+        known = watches.Known()
+        assert known.concerned_by("ADDED", self.metadata())
+        assert not known.concerned_by("MODIFIED", self.metadata())
+
+    def test_everything_else_does(self) -> None:
+        known = watches.Known()
+        known.concerned_by("ADDED", self.metadata())
+        assert known.concerned_by("MODIFIED", self.metadata(2))
+        assert known.concerned_by("MODIFIED", self.metadata(2, deletionTimestamp="now"))
+        assert known.concerned_by(None, self.metadata(2, deletionTimestamp="now"))
+        assert known.concerned_by("DELETED", self.metadata(2, deletionTimestamp="now"))

@@ -1,5 +1,7 @@
-"""A stored run, in a folder and in S3 over HTTP."""
+"""A stored run, in a folder, in S3 over HTTP, and behind a reader as in a pod."""
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tempflow.checkpoints import Store, open_store
+from tempflow.cluster.errors import Unreachable
+from tempflow.cluster.remote_files import RemoteFiles
+from tempflow_trainer.reader import Reader
+from tempflow_trainer.store import FolderStore
 from tests.unit.sdk import stored_runs
 
 Put = Callable[[str, bytes | None], None]
@@ -38,7 +44,11 @@ def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture(params=["folder", "s3"])
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Put]:
     """A stored run, and a function that writes (or, given None, deletes) a file of it."""
-    if request.param == "folder":
+    return store_in(request.param, request, tmp_path)
+
+
+def store_in(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Put]:
+    if kind in ("folder", "reader"):
 
         def put(path: str, content: bytes | None) -> None:
             target = tmp_path / "runs/demo" / path
@@ -49,6 +59,8 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Put]:
             target.write_bytes(content)
 
         store = open_store(str(tmp_path / "runs/demo"))
+        if kind == "reader":
+            store = Store(remote(reading(tmp_path / "runs/demo", request)), "bucket/demo", "s3://x")
     else:
         endpoint = request.getfixturevalue("s3_endpoint")
         bucket = request.getfixturevalue("bucket")
@@ -64,3 +76,31 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Put]:
     for path, content in stored_runs.run().items():
         put(path, content)
     return store, put
+
+
+def reading(folder: Path, request: pytest.FixtureRequest) -> Reader:
+    """A reader of the folder, until the test ends."""
+    reader = Reader(FolderStore(folder), port=0)
+    thread = threading.Thread(target=reader.serve)
+    thread.start()
+
+    def end() -> None:
+        reader.stop()
+        thread.join()
+
+    request.addfinalizer(end)
+    return reader
+
+
+def remote(
+    reader: Reader, still_there: Callable[[], None] = lambda: None, give_up_seconds: float = 10
+) -> RemoteFiles:
+    """What a client sees of it, by plain connections in place of tunnels."""
+
+    def connect() -> Any:
+        try:
+            return socket.create_connection(("127.0.0.1", reader.port))
+        except OSError as error:
+            raise Unreachable("refused") from error
+
+    return RemoteFiles("bucket/demo", connect, still_there, give_up_seconds)

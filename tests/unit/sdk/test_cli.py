@@ -428,3 +428,19 @@ def in_terminal(command: list[str]) -> str:
     os.close(leader)
     assert child.wait(timeout=5) == 0, seen.decode()
     return seen.decode()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pull", "runs/digits", "--via-cluster"], "expects job/NAME"),
+        (["pull", "job/digits", "--image", "trainer"], "add it"),
+        (["checkpoints", "list", "job/x", "--via-cluster", "--profile", "p"], "leave them out"),
+    ],
+)
+def test_options_of_reading_inside_that_do_not_fit(
+    shell: Shell, words: list[str], said: str
+) -> None:
+    done = shell(*words)
+    assert done.returncode == ExitCode.INVALID
+    assert said in done.stderr

@@ -13,11 +13,16 @@ from tempflow.pulling import pull, verify
 from tempflow.refused import Refused
 from tempflow_api.errors import CheckpointCorrupt, StoreUnavailable
 from tests.unit.sdk import stored_runs
-from tests.unit.sdk.conftest import Put
+from tests.unit.sdk.conftest import Put, store_in
 
 NEWEST = "checkpoints/step-0000000020-attempt-000001"
 RANGES = 7 + 4
 """Of 1000 bytes: of the adapter and of the optimizer."""
+
+
+@pytest.fixture(params=["folder", "s3", "reader"])
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Put]:
+    return store_in(request.param, request, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
 from tempflow_api.retention import Retention
 from tempflow_trainer import checkpoint
 from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.record_copy import RecordCopy
 from tempflow_trainer.store import FolderStore, Store
 
 
@@ -81,6 +82,29 @@ def test_what_is_saved_is_loaded(store: Store, tmp_path: Path) -> None:
     assert_equal(found.load(folder), state(3))
     assert {f"{folder}/{layout.CONFIG}", f"{folder}/adapter/weights"} < set(store.find(folder))
     assert not list((tmp_path / "staging").iterdir())
+
+
+def test_what_was_read_to_choose_is_not_read_again(tmp_path: Path) -> None:
+    """A resume costs one transfer; a second load is a new one."""
+    read: list[str] = []
+
+    class Counting(FolderStore):
+        def get(self, key: str, file: Path, size: int) -> str:
+            read.append(key)
+            return super().get(key, file, size)
+
+    run = of(Counting(tmp_path / "store"), tmp_path)
+    for step in (1, 2):
+        run.save(state(step), export)
+    found = run.newest_sound()
+    assert found is not None
+    once = len(read)
+    assert_equal(run.load(found), state(2))
+    assert len(read) == once == len(set(read)) > 0
+    assert_equal(run.load(found), state(2))
+    assert len(read) == 2 * once
+    run.newest_sound()
+    assert run.load(f"checkpoints/{layout.folder_name(1, 1)}").epochs_done == 1, "not the other one"
 
 
 def test_a_run_without_checkpoints_has_none(store: Store, tmp_path: Path) -> None:
@@ -387,9 +411,33 @@ def test_a_restored_optimizer_keeps_the_rate_of_the_job() -> None:
 
 def test_a_store_that_does_not_answer_is_not_a_damaged_checkpoint(tmp_path: Path) -> None:
     class Silent(FolderStore):
-        def get(self, key: str, file: Path) -> None:
+        def get(self, key: str, file: Path, size: int) -> str:
             raise StoreUnavailable(f"cannot read {key}: no answer")
 
     of(FolderStore(tmp_path / "run"), tmp_path).save(state(1), export)
     with pytest.raises(StoreUnavailable, match="no answer"):
         of(Silent(tmp_path / "run"), tmp_path).newest_sound()
+
+
+def test_a_start_that_was_taken_over_leaves_the_record_alone(tmp_path: Path) -> None:
+    """It wakes up between two files, of the same attempt."""
+    store = FolderStore(tmp_path / "store")
+    files = (layout.EVALUATIONS, layout.METRICS)
+
+    def copied(who: str, asked: Callable[[], None]) -> RecordCopy:
+        for file in files:
+            (tmp_path / who / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / who / file).write_text(who)
+        return RecordCopy(tmp_path / who, store, asked)
+
+    older = of(store, tmp_path)
+
+    def paused_before_the_second() -> None:
+        if store.find(layout.RECORD):
+            newer = of(store, tmp_path)
+            copied("newer", newer.check).send()
+        older.check()
+
+    with pytest.raises(Fenced):
+        copied("older", paused_before_the_second).send()
+    assert [store.read(file) for file in files] == [b"newer", b"newer"]

@@ -29,7 +29,7 @@ from tempflow_trainer.session import Session
 from tempflow_trainer.store import FolderStore
 from tests.numerics.toys import spec_of
 from tests.unit.trainer.family_cases import ALONE, CPU
-from tests.unit.trainer.sessions import after, epochs, final_state, rows, session_of
+from tests.unit.trainer.sessions import Rows, after, epochs, final_state, rows, session_of
 from tests.unit.trainer.test_learning import text_of_example
 from tests.unit.trainer.test_session import assert_same_run
 
@@ -210,12 +210,21 @@ ROLLBACK: dict[str, object] = {
 
 
 def test_a_rollback_goes_on_more_slowly_from_the_checkpoint(tmp_path: Path) -> None:
-    session_of(spec_of(ROLLBACK), tmp_path).train()
+    told: list[Progress] = []
+    session_of(spec_of(ROLLBACK), tmp_path, announce=told.append).train()
     found = rows(tmp_path, layout.METRICS)
     assert epochs(tmp_path, layout.METRICS) == list(range(1, 21))
     assert {row["rollbacks"] for row in found if row["epoch"] > 4} == {1}
     assert not found[-1]["alarms"]
     assert epochs(tmp_path, layout.EVALUATIONS)[0] == 0
+    assert_course_of_what_counts(told, found)
+
+
+def assert_course_of_what_counts(told: list[Progress], found: Rows) -> None:
+    """A point an epoch, also right after the run went back or began again; none of lost ones."""
+    assert [len(one.reward_course) for one in told] == [one.epoch for one in told]
+    rewards = [row["reward"] for row in found]
+    assert told[-1].reward_course == pytest.approx(rewards, rel=1e-3)
 
 
 def test_a_rollback_is_not_forgotten_by_a_restart(tmp_path: Path) -> None:
@@ -225,9 +234,11 @@ def test_a_rollback_is_not_forgotten_by_a_restart(tmp_path: Path) -> None:
     with pytest.raises(Preempted):
         session_of(spec_of(ROLLBACK), parts, stop_requested=after(stops)).train()
     attempt += 1
-    second: Session = session_of(spec_of(ROLLBACK), parts, attempt=attempt)
+    told: list[Progress] = []
+    second: Session = session_of(spec_of(ROLLBACK), parts, attempt=attempt, announce=told.append)
     second.train()
     assert second.rollbacks == 1
+    assert_course_of_what_counts(told, rows(parts, layout.METRICS))
     assert_same_run(tmp_path / "whole", parts)
 
 

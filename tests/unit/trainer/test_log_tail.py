@@ -80,9 +80,9 @@ def test_the_copy_of_the_record_leaves_logs_to_their_ranks(tmp_path: Path) -> No
     tail.send()
     (run / layout.LOGS).mkdir(parents=True)
     (run / layout.log_key(0, 1)).write_text("stale")
-    RecordCopy(run, store).send()
+    RecordCopy(run, store, lambda: None).send()
     assert lines(tmp_path / "store", 1)[0].startswith("=== started")
-    RecordCopy(tmp_path / "new", store).fetch()
+    RecordCopy(tmp_path / "new", store, lambda: None).fetch()
     assert not (tmp_path / "new" / layout.LOGS).exists()
 
 

@@ -1,5 +1,6 @@
-"""The page about the algorithm explains every number that a run records."""
+"""What the pages say of the trainer's records and tests is there."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from pydantic import BaseModel
 
 from tempflow_api.record import EpochEvaluations, EpochSeconds, Evaluation, Metrics
 
-PAGE = (Path(__file__).parents[3] / "docs/algorithm.md").read_text()
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/algorithm.md").read_text()
 METRICS, EVALUATIONS = PAGE.partition("## Metrics")[2].split("One line an evaluation")
 
 
@@ -30,3 +32,15 @@ def test_nothing_is_explained_that_is_not_recorded() -> None:
         rows = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
         known = {field.alias or name for name, field in kind.model_fields.items()}
         assert set(rows) == known
+
+
+def test_every_fault_of_the_page_is_held_by_tests_that_exist() -> None:
+    page = (ROOT / "docs/checkpoints.md").read_text()
+    table = page.partition("| held by |")[2].partition("\n\n")[0].splitlines()[2:]
+    files = [*ROOT.glob("tests/faults/test_*.py"), *ROOT.glob("tests/unit/trainer/test_*.py")]
+    there = set(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in files)))
+    assert len(table) > 20
+    for row in table:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert named, row
+        assert set(named) <= there, row

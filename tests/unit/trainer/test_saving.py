@@ -115,6 +115,26 @@ def test_a_start_that_was_taken_over_learns_it(beside: Beside, tmp_path: Path) -
     assert beside.steps() == []
 
 
+def test_one_that_is_taken_over_after_its_commit_learns_it_too(
+    beside: Beside, tmp_path: Path
+) -> None:
+    def copies_its_record() -> None:
+        Checkpoints(FolderStore(tmp_path / "store"), tmp_path, 1, 1, Retention(2)).begin()
+        beside.run.check()
+
+    saver = Saver(
+        beside.run,
+        wait_seconds=20,
+        most_failures=2,
+        on_end=beside.ended.append,
+        after=copies_its_record,
+    )
+    saver.begin(beside.state(1), lambda _folder: None, {})
+    with pytest.raises(Fenced):
+        saver.settle(20)
+    assert [save.folder is not None for save in beside.ended] == [True]
+
+
 def test_a_bug_is_not_a_store_that_refuses(beside: Beside) -> None:
     def broken(_folder: Path) -> None:
         raise ZeroDivisionError

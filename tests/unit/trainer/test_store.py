@@ -1,9 +1,11 @@
 """Both kinds of stores keep the same promises."""
 
+import hashlib
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tempflow_trainer.store import (
     S3Store,
     Store,
     StoreSilent,
+    in_order,
     open_store,
     when_it_answers,
 )
@@ -32,7 +35,8 @@ def file(tmp_path: Path) -> Path:
 
 def content(store: Store, key: str, tmp_path: Path) -> bytes:
     target = tmp_path / "read" / "deep" / "copy.bin"
-    store.get(key, target)
+    digest = store.get(key, target, store.find(key)[key])
+    assert digest == hashlib.sha256(target.read_bytes()).hexdigest()
     return target.read_bytes()
 
 
@@ -95,7 +99,7 @@ def test_deleting_takes_the_named_keys_alone_and_what_is_gone_is_no_error(
 
 def test_reading_what_is_not_there_names_it(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=r"cannot read .*run/none"):
-        store.get("none", tmp_path / "copy")
+        store.get("none", tmp_path / "copy", 1)
 
 
 def test_a_probe_leaves_nothing_behind(store: Store) -> None:
@@ -104,13 +108,28 @@ def test_a_probe_leaves_nothing_behind(store: Store) -> None:
     assert store.find("") == {}
 
 
-def test_a_large_file_survives(store: Store, tmp_path: Path) -> None:
-    large = tmp_path / "large.bin"
-    large.write_bytes(os.urandom(1 << 16) * 160)  # 10 MiB
-    store.put(large, "large.bin")
-    copy = tmp_path / "copy.bin"
-    store.get("large.bin", copy)
-    assert copy.read_bytes() == large.read_bytes()
+@pytest.mark.parametrize("size", [0, 1, (16 << 20) - 1, 16 << 20, (16 << 20) + 1])
+def test_a_file_survives(store: Store, tmp_path: Path, size: int) -> None:
+    """Sizes around that of the parts in which a large one travels."""
+    file = tmp_path / "file.bin"
+    file.write_bytes((os.urandom(1 << 16) * 257)[:size])
+    store.put(file, "file.bin")
+    assert content(store, "file.bin", tmp_path) == file.read_bytes()
+
+
+def test_parts_stay_in_order_and_few_are_ahead() -> None:
+    asked: list[int] = []
+
+    def slow_first(start: int) -> bytes:
+        asked.append(start)
+        time.sleep(0.1 if start == 0 else 0)
+        return bytes([start])
+
+    with ThreadPoolExecutor(8) as pool:
+        parts = in_order(pool, slow_first, range(30))
+        assert next(parts) == b"\0"
+        assert len(asked) <= 8, "memory holds no more"
+        assert b"".join(parts) == bytes(range(1, 30))
 
 
 def test_half_written_files_of_a_folder_are_not_listed(tmp_path: Path) -> None:

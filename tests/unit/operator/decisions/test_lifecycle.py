@@ -186,12 +186,35 @@ class TestPreflight:
         assert (restarts.failures, restarts.disruptions, restarts.preflights) == (0, 0, 1)
         assert kinds(story.look(failed_gang(), seconds=200)) == START
 
+    def test_it_is_not_tried_for_ever(self) -> None:
+        story = started(make_job().spec("runPolicy.maxPreflightRestarts", 0))
+        story.look(failed_gang(), make_pod().failed(91, "no GPU"), seconds=100)
+        assert story.phase == "Failed"
+        assert story.reason(ConditionType.FAILED) == Reason.PREFLIGHT_RESTARTS_EXHAUSTED
+        assert "no GPU (restarts used: 0 of 0)" in story.message(ConditionType.FAILED)
+        assert story.look(failed_gang(), seconds=9_999) == []
+
     def test_pods_that_are_gone_have_told_the_job(self) -> None:
         story = started()
         message = "Container trainer for pod team/demo-a1-0 failed with exit code 91 matching ..."
         gang = make_gang().started().failed(reason="PodFailurePolicy", message=message)
         story.look(gang, seconds=100)
         assert story.running == Reason.PREFLIGHT_FAILED
+
+
+class TestLostStatus:
+    def test_an_end_is_recorded_before_the_next_attempt_starts(self) -> None:
+        """No pass since the first one's creations has lived to write status."""
+        story = Story(make_job())
+        gang = failed_gang()
+        actions = story.look(gang, parts=(1,), seconds=9_999)
+        assert not [action for action in actions if not isinstance(action, Delete)]
+        assert [attempt.outcome for attempt in story.status.attempts] == ["Failed"]
+        assert story.again_in is not None
+        assert story.again_in <= 0
+        assert kinds(story.look(gang, seconds=10_000)) == START
+        assert [attempt.outcome for attempt in story.status.attempts] == ["Failed", "Active"]
+        assert story.status.restarts.failures == 1
 
 
 class TestAnUpgrade:
