@@ -28,6 +28,8 @@ _PATTERNS = {
     ),
     r"^[\^=]?[A-Za-z0-9_.,-]+$": "names of network interfaces, as NCCL_SOCKET_IFNAME takes them",
     r"^https?://[^\s/?#]+(/[^\s?#]*)?$": "an address such as http://rewards:8090, without a query",
+    r"^s3://[a-z0-9][a-z0-9.-]+/.+\.whl$": "an address such as s3://bucket/name-1.0-py3-none-any.whl",
+    r"^[0-9a-f]{64}$": "the 64 digits that sha256sum prints",
     r"^https?://.+$": "an address that begins with http:// or https://",
 }
 """The patterns of the contract in words."""
