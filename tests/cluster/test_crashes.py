@@ -21,13 +21,13 @@ import pytest
 from tempflow_api import naming
 from tempflow_api.conditions import ConditionType, is_true
 from tempflow_api.status import JobStatus
-from tempflow_operator.cluster import JOBS, PODS, TRAINING_JOBS, Cluster
+from tempflow_operator.cluster import JOBS, PODS, Cluster
 from tempflow_operator.metrics import Metrics
 from tests.builders import Raw, make_job
 from tests.cluster import bare, scenario
 from tests.cluster.bare import Bare
 from tests.cluster.forking import OperatorProcess
-from tests.cluster.lives import NAMESPACE, connect, patch, phase_of, set_pod, status_of, submit
+from tests.cluster.lives import NAMESPACE, connect, phase_of, set_pod, status_of, submit
 from tests.cluster.proxy import How, Proxy, Writes
 
 pytestmark = pytest.mark.cluster
@@ -43,7 +43,6 @@ class World:
 
     admin: Cluster
     name: str
-    suspends: bool
     most_alive: int = 0
     """Attempts that may run, at the worst moment."""
     final: JobStatus = field(default_factory=JobStatus)
@@ -52,7 +51,7 @@ class World:
         return await status_of(self.admin, self.name)
 
     async def turn(self) -> None:
-        """Pods start; then the first attempt fails or is suspended, and any other succeeds."""
+        """Pods start; then the first attempt fails, and any other succeeds."""
         selector = f"{naming.LABEL_JOB_NAME}={self.name}"
         pods = await self.admin._list(PODS, NAMESPACE, selector)
         jobs = await self.admin._list(JOBS, NAMESPACE, selector)
@@ -62,16 +61,9 @@ class World:
         attempts = {thing["metadata"]["labels"][naming.LABEL_ATTEMPT] for thing in living}
         attempts |= {job["metadata"]["labels"][naming.LABEL_ATTEMPT] for job in unfinished}
         self.most_alive = max(self.most_alive, len(attempts))
-        if self.suspends and attempts == {"1"} and all(phase_of(p) == "Running" for p in living):
-            if len(living) == NODES:
-                await self._set_suspended(True)
-            await self._move(living, may_end=False)
-            return
-        if self.suspends and is_true((await self.status()).conditions, ConditionType.SUSPENDED):
-            await self._set_suspended(False)
-        await self._move(living, may_end=True)
+        await self._move(living)
 
-    async def _move(self, living: list[Raw], *, may_end: bool) -> None:
+    async def _move(self, living: list[Raw]) -> None:
         all_run = len(living) == NODES and all(phase_of(pod) == "Running" for pod in living)
         for pod in living:
             labels = pod["metadata"]["labels"]
@@ -79,19 +71,14 @@ class World:
             first = labels[naming.LABEL_ATTEMPT] == "1"
             if phase_of(pod) == "Pending":
                 await set_pod(self.admin, pod, "Running", {"running": {}})
-            elif all_run and may_end and (not first or self.suspends):
+            elif all_run and not first:
                 await set_pod(self.admin, pod, "Succeeded", {"terminated": {"exitCode": 0}})
-            elif all_run and may_end and index == "1":
+            elif all_run and index == "1":
                 await set_pod(self.admin, pod, "Failed", {"terminated": {"exitCode": 90}})
-
-    async def _set_suspended(self, suspended: bool) -> None:
-        body = {"spec": {"runPolicy": {"suspend": suspended}}}
-        await patch(self.admin, TRAINING_JOBS, self.name, body)
 
     async def live(self) -> "World":
         """From start to end."""
-        served = [{"name": "digit", "placement": "service"}]
-        await submit(self.admin, make_job(self.name).nodes(NODES).spec("rewards", served))
+        await submit(self.admin, make_job(self.name).nodes(NODES))
         started = time.monotonic()
         while not is_true((await self.status()).conditions, ConditionType.FINISHED):
             late = time.monotonic() - started > DEADLINE_SECONDS
@@ -124,18 +111,15 @@ def operating(server: Bare, url: str, folder: Path) -> Iterator[OperatorProcess]
         process.end()
 
 
-async def every_history(
-    server: Bare, folder: Path, *, suspends: bool
-) -> list[tuple[Writes, World]]:
+async def every_history(server: Bare, folder: Path) -> list[tuple[Writes, World]]:
     """The undisturbed history, and one for each of its writes and each way to cut the line."""
     lives: list[OperatorProcess] = []
     proxy = Proxy(server.url, lambda: lives[0].begin_again())
     admin = Cluster(connect(server), Metrics())
-    kind = "suspended" if suspends else "failed"
 
     def history(name: str, writes: Writes) -> tuple[Writes, World]:
-        proxy.jobs[f"{kind}-{name}"] = writes
-        return writes, World(admin, f"{kind}-{name}", suspends)
+        proxy.jobs[f"failed-{name}"] = writes
+        return writes, World(admin, f"failed-{name}")
 
     try:
         url = await proxy.start()
@@ -158,19 +142,14 @@ async def _gated(gate: asyncio.Semaphore, life: Awaitable[World]) -> None:
         await life
 
 
-@pytest.mark.parametrize("suspends", [False, True], ids=["a failure", "a suspension"])
-def test_a_death_at_any_write_changes_nothing(
-    bare_server: Bare, tmp_path: Path, suspends: bool
-) -> None:
-    histories = asyncio.run(every_history(bare_server, tmp_path, suspends=suspends))
+def test_a_death_at_any_write_changes_nothing(bare_server: Bare, tmp_path: Path) -> None:
+    histories = asyncio.run(every_history(bare_server, tmp_path))
     reached = [writes.was_cut for writes, _ in histories[1:]]
     # Where others' deaths merge two of its passes, a job has a status write less than undisturbed.
     assert sum(reached) >= 0.8 * len(reached) > 30, histories[0][0].done
-    first = "Suspended" if suspends else "Failed"
     for writes, world in histories:
         status, where = world.final, (world.name, writes.cut, writes.how, writes.done)
         told = [(attempt.number, attempt.outcome) for attempt in status.attempts]
-        assert told == [(1, first), (2, "Succeeded")], where
-        assert status.restarts.failures == (0 if suspends else 1), where
-        assert status.restarts.disruptions == 0, where
+        assert told == [(1, "Failed"), (2, "Succeeded")], where
+        assert (status.restarts.failures, status.restarts.disruptions) == (1, 0), where
         assert world.most_alive == 1, where
