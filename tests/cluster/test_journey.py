@@ -112,6 +112,17 @@ def upgraded_and_rolled_back(release: Release, images: ProjectImages) -> None:
     assert (release.revision(), release.log_level()) == (3, "INFO")
 
 
+def leading(release: Release) -> str:
+    """The leader's pod, once one of this revision leads: a replaced one gives the Lease up."""
+
+    def there() -> bool:
+        alive = [pod for pod in release.pods() if "deletionTimestamp" not in pod["metadata"]]
+        return release.leader() in [pod["metadata"]["name"] for pod in alive]
+
+    wait_for("a leader of this revision", there, deadline_seconds=60)
+    return release.leader()
+
+
 def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say) -> None:
     """What the user does."""
     in_team = ("-n", tempflow.namespace)
@@ -131,7 +142,7 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     tempflow("wait", "digits", "--for", "Running", "--timeout", "2m", *in_team)
     say("running")
     upgraded_and_rolled_back(release, images)  # touches no job: it ends in its first attempt
-    lost = release.leader()
+    lost = leading(release)
     release.kill(lost)  # and this neither
     say("upgraded and rolled back, and the leader killed")
     followed = tempflow("logs", "digits", "--follow", *in_team)
