@@ -286,7 +286,10 @@ def test_a_reward_that_the_operator_serves(
     status = job.status()
     assert [attempt.outcome for attempt in status.attempts] == ["Suspended", "Succeeded"]
     assert (status.restarts.failures, status.restarts.disruptions) == (0, 0)
-    assert not job.live_pods()
-    left = cluster.kubectl.items("deployments,services", "-l", mark, namespace=team)
-    assert not left
+
+    def left() -> list[object]:
+        parts = cluster.kubectl.items("deployments,services", "-l", mark, namespace=team)
+        return [*job.live_pods(), *parts]
+
+    wait_for("its servers gone", lambda: not left(), deadline_seconds=60)
     job.delete()
