@@ -13,7 +13,8 @@ pytestmark = pytest.mark.cluster
 
 def everything_is_selected(request: pytest.FixtureRequest) -> bool:
     selected = {item.path for item in request.session.items}
-    return selected >= set(request.path.parent.glob("test_*.py"))
+    files = request.path.parent.glob("test_*.py")
+    return selected >= {file for file in files if "pytest.mark.cluster" in file.read_text()}
 
 
 def test_nothing_is_asked_for_that_is_not_granted(bare_server: Bare) -> None:
@@ -33,8 +34,10 @@ def test_the_operator_needs_each_of_its_permissions_and_no_other(
     asked = rbac.requests_of(scenario.OPERATOR_USER, audit_log, since=started_at)
     asked |= _asked_of(bare_server)
 
-    assert not asked.forbidden
     granted = rbac.granted(cluster.kubectl, scenario.RELEASE, scenario.SYSTEM)
+    # Refused, too, only what is granted: while the chart is installed or removed, and by a server
+    # that has just started and not read its roles yet.
+    assert asked.allowed | asked.forbidden <= granted
     assert granted - asked.allowed <= set(rbac.UNUSED_HERE)
 
 
