@@ -172,7 +172,7 @@ class Package(Section):
     uri: Annotated[str, Field(max_length=1024, pattern=r"^s3://[a-z0-9][a-z0-9.-]+/.+\.whl$")]
     """``s3://bucket/….whl``: a wheel of pure Python, in the store that ``spec.checkpoint``
     describes. What it requires has to be in the trainer's image, or in another of these."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", min_length=64, max_length=64)]
+    sha256: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
     """Of the wheel, as ``sha256sum`` prints it: what was tried is what runs, and nothing else."""
 
 

@@ -9,7 +9,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from tempflow_api import naming
 from tempflow_api.status import JobStatus
 from tempflow_operator import settings as configuration
-from tempflow_operator.cluster import PODS, TRAINING_JOBS, ApiError, Cluster
+from tempflow_operator.cluster import JOBS, PODS, TRAINING_JOBS, ApiError, Cluster
 from tempflow_operator.lastwords import Heard
 from tempflow_operator.metrics import Metrics
 from tempflow_operator.probes import WatchProof
@@ -71,6 +71,20 @@ async def status_of(admin: Cluster, name: str) -> JobStatus:
 
 async def pods_of(admin: Cluster, name: str) -> list[Raw]:
     return await admin._list(PODS, NAMESPACE, f"{naming.LABEL_JOB_NAME}={name}")
+
+
+async def what_lives(admin: Cluster, name: str) -> tuple[list[Raw], set[str]]:
+    """Pods of a job that hold anything, and the numbers of the attempts that may still run."""
+    jobs = await admin._list(JOBS, NAMESPACE, f"{naming.LABEL_JOB_NAME}={name}")
+    living = [pod for pod in await pods_of(admin, name) if phase_of(pod) in ("Pending", "Running")]
+    unfinished = [
+        job
+        for job in jobs
+        if not job.get("status", {}).get("conditions")
+        and "deletionTimestamp" not in job["metadata"]
+    ]
+    labels = [thing["metadata"]["labels"] for thing in (*living, *unfinished)]
+    return living, {mine[naming.LABEL_ATTEMPT] for mine in labels}
 
 
 async def bind(admin: Cluster, pod: Raw) -> None:

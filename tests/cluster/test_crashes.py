@@ -21,13 +21,13 @@ import pytest
 from tempflow_api import naming
 from tempflow_api.conditions import ConditionType, is_true
 from tempflow_api.status import JobStatus
-from tempflow_operator.cluster import JOBS, PODS, Cluster
+from tempflow_operator.cluster import Cluster
 from tempflow_operator.metrics import Metrics
 from tests.builders import Raw, make_job
 from tests.cluster import bare, scenario
 from tests.cluster.bare import Bare
 from tests.cluster.forking import OperatorProcess
-from tests.cluster.lives import NAMESPACE, connect, phase_of, set_pod, status_of, submit
+from tests.cluster.lives import NAMESPACE, connect, phase_of, set_pod, status_of, submit, what_lives
 from tests.cluster.proxy import How, Proxy, Writes
 
 pytestmark = pytest.mark.cluster
@@ -52,14 +52,7 @@ class World:
 
     async def turn(self) -> None:
         """Pods start; then the first attempt fails, and any other succeeds."""
-        selector = f"{naming.LABEL_JOB_NAME}={self.name}"
-        pods = await self.admin._list(PODS, NAMESPACE, selector)
-        jobs = await self.admin._list(JOBS, NAMESPACE, selector)
-        living = [pod for pod in pods if phase_of(pod) in ("Pending", "Running")]
-        unfinished = [job for job in jobs if not job.get("status", {}).get("conditions")]
-        unfinished = [job for job in unfinished if "deletionTimestamp" not in job["metadata"]]
-        attempts = {thing["metadata"]["labels"][naming.LABEL_ATTEMPT] for thing in living}
-        attempts |= {job["metadata"]["labels"][naming.LABEL_ATTEMPT] for job in unfinished}
+        living, attempts = await what_lives(self.admin, self.name)
         self.most_alive = max(self.most_alive, len(attempts))
         await self._move(living)
 

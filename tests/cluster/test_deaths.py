@@ -15,16 +15,25 @@ from typing import Any
 import pytest
 from kubernetes.aio.client import ApiClient
 
-from tempflow_api import naming
 from tempflow_api.conditions import ConditionType, is_true
 from tempflow_api.status import JobStatus
-from tempflow_operator.cluster import JOBS, PODS, TRAINING_JOBS, ApiError, Cluster
+from tempflow_operator.cluster import TRAINING_JOBS, ApiError, Cluster
 from tempflow_operator.decisions.observed import Key
 from tempflow_operator.metrics import Metrics
 from tempflow_operator.reconcile import Obstructed
 from tests.builders import Raw, make_job
 from tests.cluster.bare import Bare
-from tests.cluster.lives import NAMESPACE, connect, operator, patch, phase_of, set_pod, submit
+from tests.cluster.lives import (
+    NAMESPACE,
+    connect,
+    operator,
+    patch,
+    phase_of,
+    set_pod,
+    status_of,
+    submit,
+    what_lives,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -65,22 +74,12 @@ class World:
     """Attempts that may run, at the worst moment."""
     final: JobStatus = field(default_factory=JobStatus)
 
-    async def job(self) -> Raw:
-        return await self.admin._send("get", TRAINING_JOBS, NAMESPACE, name=self.name)
-
     async def status(self) -> JobStatus:
-        return JobStatus.model_validate((await self.job()).get("status", {}))
+        return await status_of(self.admin, self.name)
 
     async def turn(self) -> None:
         """Pods start; then the first attempt is suspended, and the other one succeeds."""
-        selector = f"{naming.LABEL_JOB_NAME}={self.name}"
-        pods = await self.admin._list(PODS, NAMESPACE, selector)
-        jobs = await self.admin._list(JOBS, NAMESPACE, selector)
-        living = [pod for pod in pods if phase_of(pod) in ("Pending", "Running")]
-        unfinished = [job for job in jobs if not job.get("status", {}).get("conditions")]
-        unfinished = [job for job in unfinished if "deletionTimestamp" not in job["metadata"]]
-        attempts = {thing["metadata"]["labels"][naming.LABEL_ATTEMPT] for thing in living}
-        attempts |= {job["metadata"]["labels"][naming.LABEL_ATTEMPT] for job in unfinished}
+        living, attempts = await what_lives(self.admin, self.name)
         self.most_alive = max(self.most_alive, len(attempts))
         if attempts == {"1"} and all(phase_of(p) == "Running" for p in living):
             if len(living) == NODES:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TRAINER = Path("trainer/tempflow_trainer")
-CATCH_SECONDS = 900
+CATCH_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def is_caught(mutant: Mutant) -> bool:
     """Whether its test fails; a test that cannot be run is an error, not a catch.
 
     Raises:
-        RuntimeError: pytest found no test, or did not run it.
+        RuntimeError: pytest found no test, did not run it, or did not come to an end.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "trainer"
@@ -351,23 +351,19 @@ def is_caught(mutant: Mutant) -> bool:
         text = target.read_text(encoding="utf-8")
         target.write_text(text.replace(mutant.source, mutant.replacement), encoding="utf-8")
         paths = [str(copy), str(ROOT / "sdk"), str(ROOT / "operator"), str(ROOT)]
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-qx",
-                "-p",
-                "no:cacheprovider",
-                f"tests/{mutant.test}",
-            ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=CATCH_SECONDS,
-        )
+        pytest = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider"]
+        try:
+            done = subprocess.run(
+                [*pytest, f"tests/{mutant.test}"],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=CATCH_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{mutant.name}: no verdict in {CATCH_SECONDS} s") from error
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{mutant.name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode == 1

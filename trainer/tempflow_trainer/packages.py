@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from tempflow_api.errors import ManifestInvalid, Problem, StoreUnavailable
@@ -38,11 +38,14 @@ def unpack(packages: Sequence[Package], settings: Checkpoint, folder: Path) -> l
             requires what is not there.
         StoreUnavailable: it cannot be read, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    places = [
-        _unpacked(package, f"spec.packages[{index}]", settings, folder)
-        for index, package in enumerate(packages)
-    ]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        places = [
+            _unpacked(package, f"spec.packages[{index}]", settings, folder)
+            for index, package in enumerate(packages)
+        ]
+    except OSError as error:
+        raise StoreUnavailable(f"cannot unpack wheels in {folder}: {error}") from error
     problems = list(_missing(places))
     if problems:
         raise ManifestInvalid("the job", problems)
@@ -66,8 +69,6 @@ def _unpacked(package: Package, field: str, settings: Checkpoint, folder: Path) 
                 archive.extractall(contents)
         except zipfile.BadZipFile as error:
             raise _refused(f"{field}.uri", f"{package.uri} is no wheel: {error}") from error
-        except OSError as error:
-            raise StoreUnavailable(f"cannot unpack {package.uri} in {folder}: {error}") from error
         if not _is_pure(contents):
             told = f"{package.uri} is no wheel of pure Python: {OTHERWISE}"
             raise _refused(f"{field}.uri", told)
@@ -76,7 +77,8 @@ def _unpacked(package: Package, field: str, settings: Checkpoint, folder: Path) 
 
 
 def _is_pure(contents: Path) -> bool:
-    told = [email.message_from_string(f.read_text()) for f in contents.glob("*.dist-info/WHEEL")]
+    files = contents.glob("*.dist-info/WHEEL")
+    told = [email.message_from_string(file.read_text(errors="replace")) for file in files]
     return len(told) == 1 and told[0]["Root-Is-Purelib"] == "true"
 
 
@@ -85,20 +87,26 @@ def _missing(places: Sequence[Path]) -> Iterator[Problem]:
     there = {
         canonicalize_name(found.metadata["Name"]): found.version
         for found in metadata.distributions(path=[*sys.path, *reversed([str(p) for p in places])])
+        if found.metadata["Name"]  # what is left of an uninstalled package may have none
     }
     for index, place in enumerate(places):
-        (package,) = metadata.distributions(path=[str(place)])
-        for text in package.requires or []:
-            needed = Requirement(text)
+        field = f"spec.packages[{index}]"
+        for needed in _requirements(place, field):
             if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
                 continue
             version = there.get(canonicalize_name(needed.name))
             if version is None or not needed.specifier.contains(version, prereleases=True):
                 has = f"has {needed.name} {version}" if version else f"does not have {needed.name}"
-                yield Problem(
-                    f"spec.packages[{index}]",
-                    f"requires {text}, and the trainer {has}: name its wheel, too, or {OTHERWISE}",
-                )
+                told = f"requires {needed}, and the trainer {has}: name its wheel, too"
+                yield Problem(field, f"{told}, or {OTHERWISE}")
+
+
+def _requirements(place: Path, field: str) -> list[Requirement]:
+    (package,) = metadata.distributions(path=[str(place)])
+    try:
+        return [Requirement(text) for text in package.requires or []]
+    except InvalidRequirement as error:
+        raise _refused(field, f"has a requirement that cannot be read: {error}") from error
 
 
 def _refused(field: str, message: str) -> ManifestInvalid:

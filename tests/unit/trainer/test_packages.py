@@ -75,9 +75,10 @@ def test_what_is_there_is_not_fetched_again(
             None,
             r"packages\[0\]: requires no-such-package>=2, and the trainer does not have no-such-",
         ),
+        (wheel("two words"), None, r"packages\[0\]: has a requirement that cannot be read: "),
         (wheel("numpy<1"), None, r"requires numpy<1, and the trainer has numpy \d.*FROM"),
     ],
-    ids=["another wheel", "no wheel", "compiled", "a requirement", "an old requirement"],
+    ids=["another wheel", "no wheel", "compiled", "a requirement", "no requirement", "an old one"],
 )
 def test_a_wheel_that_will_not_do_is_refused_and_not_kept(
     content: bytes,
@@ -90,3 +91,11 @@ def test_a_wheel_that_will_not_do_is_refused_and_not_kept(
     for _ in range(2):  # a second start says the same
         with pytest.raises(ManifestInvalid, match=message):
             packages.unpack([stored(content, digest)], settings, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    stored: Any, settings: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match=r"cannot unpack wheels in .*file/below: "):
+        packages.unpack([stored(wheel())], settings, tmp_path / "file/below")

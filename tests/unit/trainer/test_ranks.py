@@ -37,8 +37,6 @@ JOB: dict[str, object] = {
         {"name": "digit-judge", "weight": 0.0},
     ],
     "evaluation": {"steps": 4, "prompts": 3, "imagesPerPrompt": 3, "everyEpochs": 2},
-    # Adam divides a gradient by its own size, and so makes a step of a rounding error.
-    "optimizer.epsilon": 1e-4,
     # Two processes sum something before they learn, which changes nothing.
     "compute.preflight": True,
 }
@@ -106,6 +104,9 @@ def assert_close(one: object, other: object, tolerance: float) -> None:
         assert one == other
 
 
+# Adam divides a gradient by its own size, so where one cancels out, its rounding error becomes a
+# step of full length; on some processors that is 2e-6 in one parameter of thousands.
+DAMPED: dict[str, object] = {"optimizer.epsilon": 1e-4}
 # Six groups an update, which four processes cannot share evenly; chance decides the steps.
 SIX_GROUPS: dict[str, object] = {
     "algorithm.seedsPerPrompt": 2,
@@ -116,7 +117,9 @@ SIX_GROUPS: dict[str, object] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (4, SIX_GROUPS)], ids=["two", "four"])
+@pytest.mark.parametrize(
+    ("processes", "changes"), [(2, DAMPED), (4, SIX_GROUPS)], ids=["two", "four"]
+)
 def test_several_processes_learn_what_one_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -130,8 +133,9 @@ def test_several_processes_learn_what_one_does(
         for mine, theirs in zip(rows(one, name), rows(two, name), strict=True):
             assert_close(mine, theirs, 1e-5)
     one_state, two_state = final_state(one), final_state(two)
-    for part in ("trained", "average"):
+    for part in ("trained", "average", "optimizer"):  # with the gradients, as means and squares
         values, others = getattr(one_state, part), getattr(two_state, part)
+        assert values.keys() == others.keys()
         for key in values:
             torch.testing.assert_close(values[key], others[key], rtol=0, atol=1e-6)
     summaries = [json.loads((work / layout.SUMMARY).read_text()) for work in (one, two)]
