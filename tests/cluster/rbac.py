@@ -19,16 +19,6 @@ class Permission(NamedTuple):
     verb: str
 
 
-# Granted for moments that the tests do not bring about.
-UNUSED_HERE: dict[Permission, str] = {
-    Permission("batch", "jobs", "get"): "a create whose answer was lost: whose is the Job?",
-    Permission("", "configmaps", "get"): "likewise for the ConfigMap",
-    Permission("apps", "deployments", "get"): "likewise for the Deployment",
-    Permission("networking.k8s.io", "networkpolicies", "get"): "likewise for the NetworkPolicy",
-    Permission("events.k8s.io", "events", "patch"): "the same event again after ten minutes",
-}
-
-
 # The chart asks for one; the roles do not depend on it.
 _ANY_IMAGE = ("--set", "image.repository=any", "--set", "image.tag=any")
 
