@@ -5,7 +5,9 @@ import threading
 import time
 from pathlib import Path
 
+import boto3
 import pytest
+from s3fs import S3FileSystem
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable, Uncommitted
@@ -13,6 +15,7 @@ from tempflow_trainer.checkpoint import Checkpoints
 from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.store import S3Store
 from tests.faults import writer
+from tests.faults.conftest import BUCKET
 from tests.faults.s3_proxy import Fault, Proxy, Seen
 
 pytestmark = pytest.mark.faults
@@ -82,6 +85,15 @@ class TestTime:
         save(run, 3)
         assert committed(run) == [3, 2]
 
+    def test_slow_down_for_longer_than_a_client_repeats(
+        self, s3: Proxy, run: Checkpoints, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(S3FileSystem, "retries", 1)  # times those of botocore
+        storm = s3.add(Fault("PutObject", times=6, status=503, code="SlowDown"))
+        save(run, 3)
+        assert committed(run) == [3, 2]
+        assert storm.seen > storm.times
+
     @pytest.mark.parametrize("code", ["SlowDown", "InternalError"])
     def test_slow_down_for_ever_ends_by_the_deadline(
         self, s3: Proxy, run: Checkpoints, code: str
@@ -89,7 +101,7 @@ class TestTime:
         s3.add(Fault("PutObject", status=503, code=code))
         run.save_seconds = 3
         start = time.monotonic()
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreUnavailable, match="overloaded or slow: see that it runs"):
             save(run, 3)
         assert time.monotonic() - start < 10
         s3.clear()
@@ -199,8 +211,11 @@ class TestLargeFiles:
         s3.add(Fault("UploadPart", reset_after=MIB))
         with pytest.raises(StoreUnavailable, match="cannot write"):
             run.store.within(5).put(large, "large")
+        assert {"CreateMultipartUpload", "AbortUpload"} <= {*operations(s3)}
         s3.clear()
         assert run.store.find("large") == {}
+        client = boto3.client("s3", endpoint_url=s3.endpoint)
+        assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads"), "nothing is billed"
 
     def test_completing_that_conflicts_or_is_lost(
         self, s3: Proxy, run: Checkpoints, large: Path

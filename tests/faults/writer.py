@@ -15,7 +15,8 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import TempFlowError
 from tempflow_api.retention import Retention
 from tempflow_trainer.checkpoint import Checkpoints, State
-from tempflow_trainer.store import S3Store, Store
+from tempflow_trainer.store import S3Store
+from tempflow_trainer.store_base import Store
 
 ADAPTER = f"{layout.ADAPTER}/weights"
 

@@ -30,7 +30,7 @@ from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
 from tempflow_api.retention import Retention
 from tempflow_trainer import ledger, sharding
 from tempflow_trainer.ledger import Ledger
-from tempflow_trainer.store import Store
+from tempflow_trainer.store_base import Store
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.checkpoint_layout import Entry, Folder
 from tempflow_api.errors import CheckpointCorrupt, Fenced, StoreUnavailable
-from tempflow_trainer.store import Store
+from tempflow_trainer.store_base import Store
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import StoreUnavailable
 from tempflow_trainer.metrics import now
-from tempflow_trainer.store import Store
+from tempflow_trainer.store_base import Store
 
 log = logging.getLogger(__name__)
 

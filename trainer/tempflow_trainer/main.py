@@ -50,7 +50,8 @@ from tempflow_trainer.rewards import registry, remote
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
-from tempflow_trainer.store import open_store, when_it_answers
+from tempflow_trainer.store import open_store
+from tempflow_trainer.store_base import when_it_answers
 from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from tempflow_api.storage import Checkpoint, InitFrom
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.ledger import look
-from tempflow_trainer.store import Store, open_at
+from tempflow_trainer.store import open_at
+from tempflow_trainer.store_base import Store
 
 log = logging.getLogger(__name__)
 

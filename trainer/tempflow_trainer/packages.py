@@ -25,7 +25,8 @@ from packaging.utils import canonicalize_name
 from tempflow_api.errors import ManifestInvalid, Problem, StoreUnavailable
 from tempflow_api.storage import Checkpoint
 from tempflow_api.v1alpha1 import Package
-from tempflow_trainer.store import open_at, when_it_answers
+from tempflow_trainer.store import open_at
+from tempflow_trainer.store_base import when_it_answers
 
 OTHERWISE = "build an image FROM the trainer's instead, see docs/rewards.md"
 

@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from tempflow_api import naming
 from tempflow_api.errors import ManifestInvalid, Problem, StoreUnavailable, TempFlowError
 from tempflow_api.storage import Checkpoint
-from tempflow_trainer.store import Store, open_at
+from tempflow_trainer.store import open_at
+from tempflow_trainer.store_base import Store
 
 log = logging.getLogger(__name__)
 

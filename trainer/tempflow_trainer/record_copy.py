@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_trainer.store import Store
+from tempflow_trainer.store_base import Store
 
 
 class RecordCopy:

@@ -11,14 +11,12 @@ import os
 import shutil
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TypeVar
 
 import s3fs
 from botocore import exceptions as boto
@@ -26,107 +24,9 @@ from fsspec.exceptions import FSTimeoutError
 
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.storage import Checkpoint
+from tempflow_trainer.store_base import Patient, Store, StoreSilent
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-OUTAGE_SECONDS = 180.0
-"""A store that restarts is back by then; an address that is wrong is still told of in minutes."""
-
-
-class StoreSilent(StoreUnavailable):
-    """Nothing answered, or a server that is not whole: this says nothing about the bucket."""
-
-
-class Store(ABC):
-    """Keys are relative paths with forward slashes. Every method raises StoreUnavailable."""
-
-    uri: str
-
-    @abstractmethod
-    def put(self, file: Path, key: str) -> None:
-        """Write the content of a local file."""
-
-    @abstractmethod
-    def create(self, key: str, content: bytes) -> bool:
-        """Write a key that must be new; False when it exists, which is then unchanged."""
-
-    @abstractmethod
-    def get(self, key: str, file: Path, size: int) -> str:
-        """Copy into a local file; returns the SHA-256 of what came.
-
-        Args:
-            size: bytes that the key has, as ``find`` says; the store is not asked again.
-        """
-
-    @abstractmethod
-    def find(self, prefix: str) -> dict[str, int]:
-        """Sizes by key of everything below ``prefix``, now."""
-
-    @abstractmethod
-    def delete(self, keys: list[str]) -> None:
-        """Remove the keys, in that order; those that are gone already are no error."""
-
-    @abstractmethod
-    def read(self, key: str) -> bytes:
-        """The content of a small key."""
-
-    @abstractmethod
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Some bytes of a key; fewer only where it ends before."""
-
-    @abstractmethod
-    def below(self, folder: str) -> "Store":
-        """The store of a folder in this one."""
-
-    @abstractmethod
-    def folders(self, prefix: str) -> list[str]:
-        """Names of the folders directly below ``prefix``."""
-
-    def within(self, seconds: float) -> "Store":
-        """The same store, whose requests are over so long from now, by an error if need be."""
-        del seconds
-        return self
-
-    def probe(self) -> None:
-        """Do what a run needs, before it starts: create a key, once only, list, read, delete."""
-        key = f".probe-{uuid.uuid4().hex}"
-        if not self.create(key, b"probe"):
-            raise StoreUnavailable(f"{self.uri}: a fresh key exists already")
-        try:
-            self._probe_created(key)
-        finally:
-            self.delete([key])
-
-    def _probe_created(self, key: str) -> None:
-        if self.create(key, b"again"):
-            raise StoreUnavailable(
-                f"{self.uri} overwrites a key that was to be created once (it ignores "
-                "If-None-Match): two starts of a run would destroy each other's checkpoints; "
-                "update the store, or choose another spec.checkpoint.uri"
-            )
-        if self.find(key) != {key: len(b"probe")}:
-            raise StoreUnavailable(f"{self.uri}: a key that was written is not listed")
-        if self.read(key) != b"probe":
-            raise StoreUnavailable(f"{self.uri}: a key that was written reads differently")
-
-
-def when_it_answers(action: Callable[[], _T], patience_seconds: float = OUTAGE_SECONDS) -> _T:
-    """Do it; again and again while the store is silent, which a new attempt would not cure.
-
-    Raises:
-        StoreUnavailable: it refuses, at once; or it was silent for all that time.
-    """
-    until, pause = time.monotonic() + patience_seconds, 1.0
-    while True:
-        try:
-            return action()
-        except StoreSilent as error:
-            if time.monotonic() + pause > until:
-                raise
-            log.warning("waits for the store: %s", error)
-            time.sleep(pause)
-            pause = min(2 * pause, 10.0)
 
 
 def open_store(checkpoint: Checkpoint, run_folder: str, default_root: Path) -> Store:
@@ -261,6 +161,8 @@ _PART_BYTES, _PARTS_IN_FLIGHT = 16 << 20, 8
 """A large file travels in parts: 128 MiB of memory at most."""
 _REQUEST_SECONDS = 900.0
 """A request that is part of nothing with a deadline of its own is over by then."""
+_ABORT_SECONDS = 10.0
+"""For a request that cleans up, when the time of what it cleans up after is used."""
 _CONFLICTS = 5
 """Times that a store may ask to repeat a conditional write because another one ran beside it."""
 
@@ -300,6 +202,13 @@ _REMEDIES = {
     "RequestTimeTooSkewed": "this machine's clock differs too much from the store's: set it",
     "ExpiredToken": "the credentials have expired: renew them",
 }
+_REMEDY = (
+    "check that the bucket exists, that the credentials allow it, and spec.checkpoint.endpointUrl"
+)
+_REMEDY_OF_SILENCE = (
+    "the store is out of reach, overloaded or slow: see that it runs, and check "
+    "spec.checkpoint.endpointUrl; a save waits for it for spec.checkpoint.saveTimeoutSeconds"
+)
 
 
 class S3Store(Store):
@@ -328,7 +237,7 @@ class S3Store(Store):
     def within(self, seconds: float) -> Store:
         limited = copy.copy(self)
         limited._until = time.monotonic() + seconds
-        return limited
+        return Patient(limited, limited._until)
 
     def _seconds(self) -> float:
         """What is left for a request."""
@@ -346,7 +255,23 @@ class S3Store(Store):
                 timeout=self._seconds(),
             )
         except _REFUSALS as error:
+            if isinstance(error, FSTimeoutError):
+                self._abort_uploads(key)
             raise self._unavailable("write", key, error) from error
+
+    def _abort_uploads(self, key: str) -> None:
+        """Parts of a file that ran out of time, which would be billed: s3fs removes them after
+        other errors only."""
+        bucket, _, path = f"{self._root}/{key}".partition("/")
+        call, seconds = self._fs.call_s3, _ABORT_SECONDS
+        try:
+            found = call("list_multipart_uploads", Bucket=bucket, Prefix=path, timeout=seconds)
+            for upload in found.get("Uploads", []):
+                if upload["Key"] == path:
+                    place = {"Bucket": bucket, "Key": path, "UploadId": upload["UploadId"]}
+                    call("abort_multipart_upload", **place, timeout=seconds)
+        except _REFUSALS as error:
+            log.warning("parts of %s/%s may remain: %s", self.uri, key, _said(error))
 
     def create(self, key: str, content: bytes) -> bool:
         for conflict in range(_CONFLICTS):
@@ -482,10 +407,10 @@ class S3Store(Store):
         reason = str(error) or type(error).__name__
         if isinstance(error, FSTimeoutError):
             reason = "it took longer than it may"
+        silent = _is_silence(error)
         remedy = next(
             (remedy for name, remedy in _REMEDIES.items() if name in _said(error)),
-            "check that the bucket exists, that the credentials allow it, and "
-            "spec.checkpoint.endpointUrl",
+            _REMEDY_OF_SILENCE if silent else _REMEDY,
         )
-        kind = StoreSilent if _is_silence(error) else StoreUnavailable
+        kind = StoreSilent if silent else StoreUnavailable
         return kind(f"cannot {action} {self.uri}/{key}: {reason}; {remedy}")

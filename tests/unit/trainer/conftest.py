@@ -8,7 +8,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tempflow_trainer.store import FolderStore, S3Store, Store
+from tempflow_trainer.store import FolderStore, S3Store
+from tempflow_trainer.store_base import Store
 
 BUCKET = "runs"
 

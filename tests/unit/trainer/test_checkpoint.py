@@ -18,7 +18,8 @@ from tempflow_api.retention import Retention
 from tempflow_trainer import checkpoint
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.record_copy import RecordCopy
-from tempflow_trainer.store import FolderStore, Store
+from tempflow_trainer.store import FolderStore
+from tempflow_trainer.store_base import Store
 
 
 def state(epochs: int, size: int = 8) -> State:

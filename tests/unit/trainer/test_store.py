@@ -14,15 +14,8 @@ import pytest
 
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.storage import Checkpoint
-from tempflow_trainer.store import (
-    FolderStore,
-    S3Store,
-    Store,
-    StoreSilent,
-    in_order,
-    open_store,
-    when_it_answers,
-)
+from tempflow_trainer.store import FolderStore, S3Store, in_order, open_store
+from tempflow_trainer.store_base import Patient, Store, StoreSilent, when_it_answers
 
 
 @pytest.fixture
@@ -297,3 +290,14 @@ def test_a_silence_ends_and_a_refusal_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="forbidden"):
         when_it_answers(refusing.probe, patience_seconds=30)
     assert time.monotonic() - started < 0.5
+
+
+def test_silences_are_waited_out_until_a_moment_and_no_longer(tmp_path: Path) -> None:
+    inner = Restarting(tmp_path, StoreSilent("SlowDown"))
+    assert Patient(inner, time.monotonic() + 30).create("key", b"x")
+    assert not Patient(inner, time.monotonic() + 30).create("key", b"y")
+    inner.errors = [StoreSilent("SlowDown")] * 9
+    until = time.monotonic() + 0.5
+    with pytest.raises(StoreSilent):
+        Patient(inner, until).create("other", b"x")
+    assert Patient(FolderStore(tmp_path), until).below("").read("key") == b"x"
