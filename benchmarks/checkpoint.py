@@ -91,11 +91,18 @@ class Trained:
 def stall(run: Checkpoints, trained: Trained, rounds: int) -> tuple[list[float], list[Save]]:
     """Seconds that each save keeps the training, which has none in flight; and the saves."""
     ended: list[Save] = []
-    saver = Saver(run, wait_seconds=600, most_failures=1, on_end=ended.append, after=lambda: None)
+    saver = Saver(
+        run,
+        wait_seconds=600,
+        most_failures=1,
+        on_end=ended.append,
+        write=lambda _line: None,
+        after=lambda: None,
+    )
     seconds = []
     for step in range(1, rounds + 1):
         start = time.perf_counter()
-        saver.ready()
+        saver.ready(step)
         saver.begin(*trained.copy(step), {})
         seconds.append(time.perf_counter() - start)
         saver.settle(600)

@@ -20,7 +20,7 @@ class Heard:
         """Of a pod in that namespace that says it belongs to that job."""
         key = (namespace, job_uid)
         known = self._words.pop(key, None)
-        if known is not None and known.attempt > words.attempt:
+        if known is not None and known.start > words.start:
             words = known
         self._words[key] = words
         if len(self._words) > _MOST_JOBS:  # of jobs long gone; the oldest come first

@@ -198,9 +198,13 @@ def rank_zero(job: TrainingJob, seen: Snapshot, accounts: Ledger) -> Target | No
 def last_words_of(
     job: TrainingJob, seen: Snapshot, accounts: Ledger, heard: LastWords | None
 ) -> LastWords | None:
-    """Of the newest attempt's rank 0: as its pod has them, or else as the watch told of them."""
+    """Of the newest start of the newest attempt: as its pod has them, or else as the watch told of
+    them. Those of a start before the one whose progress is known are of no use."""
     told = (pod.ended.words for pod in seen.pods_of(accounts.attempt) if pod.ended is not None)
-    for words in (*told, heard):
-        if words is not None and (words.run_id, words.attempt) == (job.run_id, accounts.attempt):
-            return words
-    return None
+    ours = (job.run_id, accounts.attempt)
+    found = [w for w in (*told, heard) if w is not None and (w.run_id, w.attempt) == ours]
+    newest = max(found, key=lambda words: words.start, default=None)
+    known = job.status.progress
+    if newest is not None and known is not None and newest.start < known.start:
+        return None
+    return newest

@@ -18,6 +18,7 @@ from tempflow.refused import Refused
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.retention import Retention
+from tempflow_api.storage import Checkpoint
 from tempflow_api.v1alpha1 import JobSpec
 
 LEAST_KEPT = 2
@@ -53,16 +54,15 @@ def unpin(store: Store, step: Step) -> bool:
 
 
 def retention_of(store: Store, keep_last: int | None) -> Retention:
-    """What the run's job says, with ``keep_last`` in its place where given.
+    """What the run's job says, as its newest checkpoint has it, or else as it was started; with
+    ``keep_last`` in its place where given.
 
     Raises:
         Refused: neither says anything.
     """
-    text = checkpoints.read(store, layout.RUN_FILE)
-    try:
-        settings = JobSpec.model_validate_json(text).checkpoint if text else None
-    except ValidationError:
-        settings = None
+    newest = [f"{layout.CHECKPOINTS}/{s.folder}/{layout.CONFIG}" for s in checkpoints.steps(store)]
+    said = (_settings(store, key) for key in (*newest[-1:], layout.RUN_FILE))
+    settings = next((found for found in said if found is not None), None)
     if settings is None:
         if keep_last is None:
             raise Refused(
@@ -71,6 +71,14 @@ def retention_of(store: Store, keep_last: int | None) -> Retention:
         return Retention(keep_last)
     found = Retention.of(settings)
     return found if keep_last is None else replace(found, keep_last=keep_last)
+
+
+def _settings(store: Store, key: str) -> Checkpoint | None:
+    text = checkpoints.read(store, key)
+    try:
+        return JobSpec.model_validate_json(text).checkpoint if text else None
+    except ValidationError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def checkpoint_as(output: str, step: Step, uri: str, pinned: frozenset[str]) -> 
         ["committed", manifest.time],
         ["continues", manifest.parent or "nothing: it is the first"],
         ["processes", str(manifest.world_size)],
+        ["written with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items()) or "-"],
         ["size", size(step.size)],
         *([f"mean {name}", number(value)] for name, value in sorted(manifest.evaluation.items())),
     ]

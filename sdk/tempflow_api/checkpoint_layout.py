@@ -3,7 +3,7 @@
 ::
 
     <run>/
-      run.json                       the resolved job and the version that started it
+      run.json                       the job that the run was started as
       ledger/0000000007.json         create-only, numbered: who writes, and what counts
       checkpoints/step-0000000120-attempt-000001/
         config.json                  the specification of the job
@@ -117,6 +117,8 @@ class CheckpointManifest(Section):
     nonce: str
     """Of this save: tells a lost reply from a lost race."""
     world_size: Annotated[int, Field(ge=1)]
+    versions: dict[str, str] = {}
+    """Of this project and of the libraries that decide the numbers, by name."""
     time: str
     evaluation: dict[str, float] = {}
     """Mean of each reward, and of their sum as ``reward``, where this step was evaluated."""
@@ -137,6 +139,9 @@ class Entry(Section):
     time: str
     resumed_from: str | None = None
     """Of a claim: name of the folder that its owner continues from, or where another run lies."""
+    skipped: list[str] = []
+    """Of a claim: names of the folders that counted and were damaged, so that its owner went back
+    to one before them."""
     committed: list[str] = []
     """Names of the folders that count, newest first. What retention lets go of leaves this list
     before its files are deleted."""

@@ -128,7 +128,7 @@ class Save(Observed):
     """From the first request to the one that makes it count, beside the training."""
     bytes: int
     folder: str | None
-    """Below the run's folder; None if it failed."""
+    """Below the run's folder; None if it failed or was skipped."""
     error: str | None
 
 

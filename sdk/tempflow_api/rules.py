@@ -355,6 +355,7 @@ FIELD_MUTABILITY: dict[str, Mutability] = {
     "spec.checkpoint.maxWaitSeconds": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.maxFailedSaves": Mutability.WHILE_SUSPENDED,
     "spec.checkpoint.endpointUrl": Mutability.WHILE_SUSPENDED,
+    "spec.checkpoint.region": Mutability.WHILE_SUSPENDED,
     "spec.compute": Mutability.WHILE_SUSPENDED,
     "spec.modelCache": Mutability.WHILE_SUSPENDED,
     # A queue decides on an attempt when it is created.

@@ -67,6 +67,8 @@ class Progress(Observed):
     epochs: Count
     phase: Literal["starting", "rollout", "scoring", "update", "evaluation", "checkpoint", "done"]
     attempt: Count = 0
+    incarnation: Count = 0
+    """Start of that attempt, from 1, as the ledger of the checkpoints counts them."""
     run_id: Text = ""
     """Of which run it is the progress; an address may have been another job's pod before."""
     reward: Finite | None = None
@@ -84,7 +86,15 @@ class Progress(Observed):
     checkpoint_epoch: Count | None = None
     """Epochs completed in the last complete checkpoint."""
     checkpoint_uri: Uri | None = None
+    failed_saves: Count = 0
+    """Checkpoints in a row, up to now, that could not be stored; ``spec.checkpoint.maxFailedSaves``
+    of them end the attempt."""
     time: Timestamp
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """Attempt and start of it: the higher one is the newer."""
+        return self.attempt, self.incarnation
 
 
 class LastCheckpoint(Observed):

@@ -20,9 +20,16 @@ class LastWords(Observed):
 
     run_id: Text
     attempt: Count
+    incarnation: Count = 0
+    """Start of that attempt; the words of an older one do not replace a newer one's."""
     checkpoint_epoch: Count
     """Epochs completed in the newest complete checkpoint."""
     checkpoint_uri: Uri | None = Field(default=None)
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """Attempt and start of it: the higher one is the newer."""
+        return self.attempt, self.incarnation
 
 
 def compose(words: LastWords | None, line: str) -> str:

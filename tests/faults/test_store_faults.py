@@ -313,7 +313,7 @@ class TestStarts:
 class TestBesideTraining:
     def offer(self, saver: Saver, step: int) -> bool:
         """What a session does when a save is due."""
-        ready = saver.ready()
+        ready = saver.ready(step)
         if ready:
             saver.begin(writer.state(step), writer.export, {})
         return ready
@@ -324,6 +324,7 @@ class TestBesideTraining:
             wait_seconds=wait_seconds,
             most_failures=3,
             on_end=ended.append,
+            write=lambda _line: None,
             after=lambda: None,
         )
 

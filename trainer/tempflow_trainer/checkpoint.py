@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -236,6 +238,7 @@ class Checkpoints:
             parent=self.parent,
             nonce=uuid.uuid4().hex,
             world_size=self.world_size,
+            versions=versions(),
             time=_now(),
             evaluation=dict(evaluation),
             files=staged.files,
@@ -330,8 +333,7 @@ class Checkpoints:
         failures = []
         for folder in newest_first[:MOST_FALLBACKS]:
             try:
-                path = f"{layout.CHECKPOINTS}/{folder.name}"
-                self._sound = path, self._read_whole(path)
+                self.examine(f"{layout.CHECKPOINTS}/{folder.name}")
                 return folder
             except CheckpointCorrupt as error:
                 log.warning("checkpoint skipped: %s", error)
@@ -344,6 +346,17 @@ class Checkpoints:
             )
         return None
 
+    def examine(self, folder: str) -> None:
+        """Read a checkpoint whole; ``load`` does not read it again.
+
+        Raises:
+            CheckpointCorrupt: a file that is missing, cut or changed.
+        """
+        manifest = self._read_manifest(folder)
+        self._sound = folder, self._read_whole(folder, manifest)
+        if (there := manifest.versions) != (here := versions()):
+            log.info("%s was written with %s, and here is %s", folder, there, here)
+
     def load(self, folder: str) -> State:
         """The state in a checkpoint, every file checked against the manifest.
 
@@ -353,16 +366,14 @@ class Checkpoints:
             CheckpointCorrupt: a file that is missing, cut or changed.
         """
         sound, self._sound = self._sound, None
-        return sound[1] if sound and sound[0] == folder else self._read_whole(folder)
+        if sound and sound[0] == folder:
+            return sound[1]
+        return self._read_whole(folder, self._read_manifest(folder))
 
-    def _read_whole(self, folder: str) -> State:
+    def _read_whole(self, folder: str, manifest: CheckpointManifest) -> State:
         local = self.staging / f"load-{uuid.uuid4().hex}"
         there = self.store.find(folder)
-        files = [
-            file
-            for file in self._read_manifest(folder).files
-            if file.path.startswith(f"{layout.STATE}/")
-        ]
+        files = [file for file in manifest.files if file.path.startswith(f"{layout.STATE}/")]
         try:
             for file in files:
                 self._check_size(f"{folder}/{file.path}", file, there)
@@ -409,6 +420,12 @@ class Checkpoints:
         if named is not None and said != (named.step, *named.writer):
             raise CheckpointCorrupt(f"{folder}: its manifest is of another checkpoint")
         return manifest
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What is installed here of what decides the numbers of a run."""
+    return {name: metadata.version(name) for name in ("tempflow", "torch", "diffusers", "peft")}
 
 
 def _check_space(folder: Path, state: State) -> None:

@@ -245,6 +245,7 @@ def last_commit(environment: Mapping[str, str]) -> LastWords | None:
     return LastWords(
         run_id=progress.run_id,
         attempt=progress.attempt,
+        incarnation=progress.incarnation,
         checkpoint_epoch=progress.checkpoint_epoch,
         checkpoint_uri=progress.checkpoint_uri,
     )

@@ -100,6 +100,7 @@ class Ledger:
                 nonce=uuid.uuid4().hex,
                 time=_now(),
                 resumed_from=resumed.name if resumed else None,
+                skipped=[f.name for f in view.committed if f not in kept] if resumed else [],
                 committed=[folder.name for folder in kept],
             )
             if _create(store, entry) is None:

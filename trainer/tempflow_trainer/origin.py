@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import ConfigChanged, ModelUnavailable
+from tempflow_api.errors import CheckpointCorrupt, ConfigChanged, ModelUnavailable, StoreUnavailable
 from tempflow_api.retention import Retention
 from tempflow_api.rules import Mutability, changed_fields, mutability_of
 from tempflow_api.storage import Checkpoint, InitFrom
@@ -18,6 +18,8 @@ from tempflow_trainer.store import open_at
 from tempflow_trainer.store_base import Store
 
 log = logging.getLogger(__name__)
+
+_PLACE = "spec.checkpoint.uri"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Origin:
         """
         committed = {f"{layout.CHECKPOINTS}/{f.name}" for f in self.checkpoints.committed()}
         if self.folder is not None and self.folder in committed:
-            self.checkpoints.load(self.folder)
+            self.checkpoints.examine(self.folder)
             return self.folder
         found = None if self.folder else self.checkpoints.newest_sound()
         if found is None:
@@ -81,6 +83,9 @@ class Origin:
 def older_runs(store: Store, run_folder: str) -> list[str]:
     """Runs of the same name, with checkpoints, beside a run's folder ``name-uid``.
 
+    Only a hint hangs on it, so a store that does not show them (the credentials may be for the
+    run's own folder), or a damaged one among them, is a warning.
+
     Args:
         store: of the folder in which the runs lie.
         run_folder: the name of the run's own folder.
@@ -89,15 +94,23 @@ def older_runs(store: Store, run_folder: str) -> list[str]:
     if not dash or not re.fullmatch(r"[0-9a-f]{8}", own):
         return []  # a local run: the same name continues it
     alike = re.compile(rf"{re.escape(name)}-[0-9a-f]{{8}}")
-    return [
-        f"{store.uri}/{folder}"
-        for folder in store.folders("")
-        if folder != run_folder and alike.fullmatch(folder) and look(store.below(folder)).committed
-    ]
+    try:
+        return [
+            f"{store.uri}/{folder}"
+            for folder in store.folders("")
+            if folder != run_folder
+            and alike.fullmatch(folder)
+            and look(store.below(folder)).committed
+        ]
+    except (StoreUnavailable, CheckpointCorrupt) as error:
+        log.warning("cannot see whether an older run of this name has checkpoints: %s", error)
+        return []
 
 
 def check_same_run(checkpoints: Checkpoints, spec: JobSpec) -> None:
     """Compare with the job that this run started as, and store it if it is the first.
+
+    A run that was copied to another place is the same run.
 
     Raises:
         ConfigChanged: a field that decides what is learned has another value.
@@ -107,7 +120,7 @@ def check_same_run(checkpoints: Checkpoints, spec: JobSpec) -> None:
     if store.create(layout.RUN_FILE, own):
         return
     changed = changed_fields(JobSpec.model_validate_json(store.read(layout.RUN_FILE)), spec)
-    fixed = [p for p in changed if mutability_of(p) is Mutability.IMMUTABLE]
+    fixed = [p for p in changed if mutability_of(p) is Mutability.IMMUTABLE and p != _PLACE]
     if fixed:
         raise ConfigChanged(
             f"the run at {store.uri} was started with other values of {', '.join(fixed)}; "

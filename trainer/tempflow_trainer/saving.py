@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tempflow_api.errors import Fenced, StoreUnavailable, Uncommitted
+from tempflow_api.record import Save as SaveLine
 from tempflow_trainer.checkpoint import Checkpoints, State
+from tempflow_trainer.metrics import now
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,19 @@ class Save:
     folder: str | None = None
     error: BaseException | None = None
 
+    def line(self) -> SaveLine:
+        """For the record of the run."""
+        return SaveLine(
+            epoch=self.step,
+            time=now(),
+            stall_seconds=self.stall_seconds,
+            stage_seconds=self.stage_seconds,
+            send_seconds=self.send_seconds,
+            bytes=self.bytes,
+            folder=self.folder,
+            error=str(self.error) if self.error else None,
+        )
+
 
 class Saver:
     """Starts saves and tells how they ended; used by the training's thread only."""
@@ -43,6 +58,7 @@ class Saver:
         wait_seconds: float,
         most_failures: int,
         on_end: Callable[[Save], None],
+        write: Callable[[SaveLine], None],
         after: Callable[[], None],
     ) -> None:
         """
@@ -50,26 +66,31 @@ class Saver:
             wait_seconds: longest wait for the save before; then the new one is skipped.
             most_failures: so many failed or skipped saves in a row end the run.
             on_end: told of every save that ended, well or not, in the training's thread.
+            write: gets the line of every save, also of one that was skipped, before ``after``: what
+                that stores is whole.
             after: follows a commit in the saver's own thread; its failure is a warning, but for
                 Fenced.
         """
         self._checkpoints = checkpoints
         self._wait_seconds, self._most_failures = wait_seconds, most_failures
-        self._on_end, self._after = on_end, after
+        self._on_end, self._write, self._after = on_end, write, after
         self._thread: threading.Thread | None = None
         self._save = Save(0, 0.0)
         self.failures = 0
         """Saves in a row that were skipped, or ended without a checkpoint."""
 
-    def ready(self) -> bool:
-        """Wait for the save before; False when it takes too long, and this one is skipped.
+    def ready(self, step: int) -> bool:
+        """Wait for the save before; False when it takes too long, and that of ``step`` is skipped.
 
         Raises:
             TempFlowError: as ``settle`` does.
         """
         if self.settle(self._wait_seconds):
             return True
-        self._count_failure(f"the one before took more than {self._wait_seconds:g} s")
+        reason = f"skipped, as the one before took more than {self._wait_seconds:g} s"
+        skipped = Save(step, self._wait_seconds, error=StoreUnavailable(reason))
+        self._write(skipped.line())
+        self._count_failure(reason)
         return False
 
     def begin(
@@ -142,10 +163,11 @@ class Saver:
                 save.send_seconds = time.perf_counter() - start
         except BaseException as error:  # handed over to the training's thread
             save.error = error
-            return
         try:
-            self._after()
+            self._write(save.line())
+            if save.error is None:
+                self._after()
         except Fenced as error:
             save.error = error
         except (StoreUnavailable, OSError) as error:  # also a file that a tracker has taken away
-            log.warning("the checkpoint is complete, but its record is not: %s", error)
+            log.warning("the record of the save after epoch %d is not whole: %s", save.step, error)

@@ -21,7 +21,6 @@ from tempflow_api.errors import (
 )
 from tempflow_api.record import Evaluation as EvaluationLine
 from tempflow_api.record import Metrics
-from tempflow_api.record import Save as SaveLine
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import checkpoint, guard, selftest, sharding
@@ -93,6 +92,7 @@ class Session:
             wait_seconds=settings.max_wait_seconds,
             most_failures=settings.max_failed_saves,
             on_end=self._saved,
+            write=lambda line: self.record.append(layout.SAVES, line),
             after=self.copy.send,
         )
 
@@ -293,7 +293,7 @@ class Session:
         """Begin to save on rank 0; all ranks learn of a failure that ends the run."""
         with self.run.clock("checkpoint"):
             start = time.perf_counter()
-            if self.run.ranks.agreed(self.saver.ready):
+            if self.run.ranks.agreed(lambda: self.saver.ready(self.epochs_done)):
                 self.on_save()  # not before: a start that was taken over stops there
                 state = self._state()  # all ranks take part where weights are in parts
                 if self.run.ranks.is_first:
@@ -312,19 +312,6 @@ class Session:
             self.committed_uri = f"{self.checkpoints.store.uri}/{save.folder}"
             # At once: whoever ends this process now still learns which checkpoint is the newest.
             self._on_phase("checkpoint")
-        self.record.append(
-            layout.SAVES,
-            SaveLine(
-                epoch=save.step,
-                time=now(),
-                stall_seconds=save.stall_seconds,
-                stage_seconds=save.stage_seconds,
-                send_seconds=save.send_seconds,
-                bytes=save.bytes,
-                folder=save.folder,
-                error=str(save.error) if save.error else None,
-            ),
-        )
 
     def _is_committed(self) -> bool:
         return self.committed == self.epochs_done
@@ -478,12 +465,14 @@ class Session:
         epochs = self.spec.algorithm.epochs
         last = self.last
         epoch_seconds = last.images / last.images_per_second if last else None
+        ledger = self.checkpoints.ledger
         return Progress.model_validate(
             {
                 "epoch": self.epochs_done,
                 "epochs": epochs,
                 "phase": phase,
                 "attempt": self.checkpoints.attempt,
+                "incarnation": ledger.newest.incarnation if ledger else 0,
                 "runId": self.run_id,
                 "reward": last.reward if last else None,
                 "rewardCourse": self.record.reward_course(),
@@ -495,6 +484,7 @@ class Session:
                 else None,
                 "checkpointEpoch": self.committed,
                 "checkpointUri": self.committed_uri,
+                "failedSaves": self.saver.failures,
                 "time": now(),
             }
         )

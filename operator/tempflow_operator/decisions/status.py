@@ -48,6 +48,7 @@ def next_status(
     """
     old = job.status
     pods = seen.pods_of(ledger.attempt)
+    reading = _of_the_newest_start(job, reading)
     checkpoint = _checkpoint(job, ledger, reading, words)
     progress = _progress(job, ledger, reading, checkpoint)
     current = ledger.current
@@ -218,6 +219,19 @@ def _note(job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading | N
         return f"; no server is ready yet for {', '.join(unserved)}"
     problem = reading.problem if reading is not None else ""
     return f"; progress cannot be read: {problem}" if problem else ""
+
+
+def _of_the_newest_start(job: TrainingJob, reading: Reading | None) -> Reading | None:
+    """The reading, unless a start says it that a newer one of the attempt has taken over."""
+    known = job.status.progress
+    told = reading.progress if reading is not None else None
+    if known is None or told is None or told.start >= known.start:
+        return reading
+    return Reading(
+        None,
+        f"it is the progress of start {told.incarnation} of attempt {told.attempt}, and start "
+        f"{known.incarnation} of attempt {known.attempt} has taken the run over",
+    )
 
 
 def _progress(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tempflow.report.gather import RunRecord
 from tempflow.wording import number, size
+from tempflow_api import checkpoint_layout as layout
 from tempflow_api.record import Save
 
 Row = tuple[str, ...]
@@ -16,10 +17,14 @@ def starts(record: RunRecord) -> list[Row]:
             str(claim.attempt),
             str(claim.incarnation),
             claim.time,
-            claim.resumed_from or "nothing: from the beginning",
+            (claim.resumed_from or "nothing: from the beginning") + _skipped(claim),
         )
         for claim in record.claims
     ]
+
+
+def _skipped(claim: layout.Entry) -> str:
+    return f", as {', '.join(claim.skipped)} is damaged" if claim.skipped else ""
 
 
 def alarms(record: RunRecord) -> list[Row]:

@@ -329,14 +329,22 @@ class TestWhomToAsk:
 
 
 class TestHeard:
-    def words(self, attempt: int) -> LastWords:
-        return LastWords(run_id="team/demo", attempt=attempt, checkpoint_epoch=attempt)
+    def words(self, attempt: int, incarnation: int = 1) -> LastWords:
+        return LastWords(
+            run_id="team/demo",
+            attempt=attempt,
+            incarnation=incarnation,
+            checkpoint_epoch=attempt,
+        )
 
     def test_the_newest_attempts_words_are_kept(self) -> None:
         heard = Heard()
         for attempt in (1, 3, 2):
             heard.note("team", "uid", self.words(attempt))
         assert heard.of("team", "uid") == self.words(3)
+        for incarnation in (3, 2):
+            heard.note("team", "uid", self.words(3, incarnation))
+        assert heard.of("team", "uid") == self.words(3, 3)
 
     def test_a_pod_of_another_namespace_or_job_is_not_believed(self) -> None:
         heard = Heard()

@@ -145,6 +145,11 @@ def test_the_rules_are_those_of_the_job(stored: tuple[Store, Put]) -> None:
     put("run.json", spec.model_dump_json(by_alias=True).encode())
     assert keeping.retention_of(store, None) == Retention(4, keep_every=50)
     assert keeping.retention_of(store, 2) == Retention(2, keep_every=50)
+    # Changed since: the newest checkpoint has the job as it is.
+    newer = spec.model_copy(update={"checkpoint": kept.model_copy(update={"keep_last": 7})})
+    newest = f"{layout.CHECKPOINTS}/{steps(store)[-1].folder}/{layout.CONFIG}"
+    put(newest, newer.model_dump_json(by_alias=True).encode())
+    assert keeping.retention_of(store, None) == Retention(7, keep_every=50)
 
 
 def test_the_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,10 +69,10 @@ def with_trouble(run: Path) -> Path:
     (run / layout.SELF_TEST).write_text(make_self_test().model_dump_json(by_alias=True))
     (run / layout.LEDGER).mkdir()
     for number, (action, attempt) in enumerate(
-        [("claim", 0), ("commit", 0), ("claim", 1)], start=1
+        [("claim", 0), ("commit", 0), ("claim", 1), ("claim", 2)], start=1
     ):
         entry = {"number": number, "action": action, "attempt": attempt, "incarnation": 1}
-        entry |= {"nonce": "n", "time": TIME}
+        entry |= {"nonce": "n", "time": TIME, "skipped": ["step-9"] if attempt == 2 else []}
         found = layout.Entry.model_validate(entry)
         (run / layout.entry_key(number)).write_text(found.model_dump_json(by_alias=True))
     (run / layout.LOGS).mkdir()
@@ -136,7 +136,8 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
         "<summary>attempt-000001-rank-00001</summary><pre>=== started ===\nrank 1 &lt;i&gt;said",
     ):
         assert told in html, told
-    assert html.count("from the beginning") == 2, "a row a claim, none a commit"
+    assert "beginning, as step-9 is damaged</td>" in html
+    assert html.count("from the beginning") == 3, "a row a claim, none a commit"
 
 
 def test_a_run_without_trouble_has_no_word_of_it(tmp_path: Path) -> None:

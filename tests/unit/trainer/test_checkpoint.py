@@ -1,5 +1,6 @@
 """A checkpoint is whole or does not exist, and the newest sound one is found."""
 
+import logging
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -248,6 +249,29 @@ def test_a_damaged_manifest_is_no_checkpoint(
         assert_equal(checkpoints.load(newest), state(2))
     else:
         assert found == before
+
+
+def test_a_start_tells_what_it_skipped_and_of_other_versions(
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoints.save(state(1), export)
+    newest = checkpoints.save(state(2), export)
+    cut(tmp_path / "store" / newest / layout.STATE / checkpoint.TRAINED)
+    caplog.set_level(logging.INFO)
+    again = of(checkpoints.store, tmp_path)
+    assert again.ledger is not None
+    assert again.ledger.newest.skipped == [layout.folder_name(2, 1)]
+    assert "was written with" not in caplog.text
+    older = {**checkpoint.versions(), "torch": "1.0"}
+    monkeypatch.setattr(checkpoint, "versions", lambda: older)
+    third = of(checkpoints.store, tmp_path)
+    assert third.ledger is not None
+    assert third.ledger.newest.skipped == []
+    assert "and here is {'tempflow': " in caplog.text
+    assert "'torch': '1.0'" in caplog.text
 
 
 def test_when_all_are_damaged_nothing_starts_from_zero(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +291,12 @@ class Refusing(FolderStore):
 
 def test_there_is_a_place_to_go_back_to_though_the_store_refused_it_once(tmp_path: Path) -> None:
     changes = {**ROLLBACK, "checkpoint.everyEpochs": 20}
-    session = session_of(spec_of(changes), tmp_path)
+    told: list[Progress] = []
+    session = session_of(spec_of(changes), tmp_path, announce=told.append)
     session.checkpoints.store = Refusing(tmp_path, {0})
     session.train()
     assert session.rollbacks == 1
+    assert [n for n, _ in groupby(p.failed_saves for p in told)] == [0, 1, 0]
     assert epochs(tmp_path, layout.METRICS) == list(range(1, 21))
 
 

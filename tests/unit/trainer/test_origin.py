@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tempflow_api import checkpoint_layout as layout
-from tempflow_api.errors import ModelUnavailable, Preempted
+from tempflow_api.errors import ModelUnavailable, Preempted, StoreUnavailable
 from tempflow_api.storage import Checkpoint, InitFrom
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.checkpoint import State
@@ -86,11 +86,49 @@ def test_a_run_with_checkpoints_of_its_own_does_not_look_elsewhere(
     assert epochs(second, layout.METRICS) == [3, 4]
 
 
-def test_one_checkpoint_can_be_named(first: Path, tmp_path: Path) -> None:
+def test_one_checkpoint_can_be_named_and_is_read_once(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = first / layout.CHECKPOINTS / layout.folder_name(2, 0)
     second = tmp_path / "second"
-    starting_from(folder, "resume", second, spec()).train()
+    session = starting_from(folder, "resume", second, spec())
+    read: list[str] = []
+    get = FolderStore.get
+
+    def counting(store: FolderStore, key: str, file: Path, size: int) -> str:
+        read.append(key)
+        return get(store, key, file, size)
+
+    monkeypatch.setattr(FolderStore, "get", counting)
+    session.train()
     assert epochs(second, layout.METRICS) == [3, 4]
+    assert len(read) == len(set(read)) > 0
+
+
+def test_a_run_that_was_copied_elsewhere_is_the_same_run(first: Path) -> None:
+    moved = spec(**{"checkpoint.uri": "s3://other/place", "checkpoint.region": "eu-west-1"})
+    session_of(moved, first).train()
+    assert epochs(first, layout.METRICS) == [1, 2, 3, 4]
+
+
+class OwnFolderOnly(FolderStore):
+    """Whose credentials are for the run's own folder."""
+
+    def folders(self, prefix: str) -> list[str]:
+        raise StoreUnavailable(f"cannot list {prefix}: AccessDenied")
+
+
+def test_older_runs_that_cannot_be_seen_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert older_runs(OwnFolderOnly(tmp_path), "demo-89abcdef") == []
+    assert "cannot see whether an older run" in caplog.text
+    ledger = tmp_path / "demo-0123abcd" / layout.entry_key(1)
+    ledger.parent.mkdir(parents=True)
+    ledger.write_text("{")
+    assert older_runs(FolderStore(tmp_path), "demo-89abcdef") == []
+    assert "is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", ["gone", "first/checkpoints/step-0000000009-attempt-000000"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tempflow_api.errors import Fenced, StoreUnavailable, Uncommitted
+from tempflow_api.record import Save as Line
 from tempflow_api.retention import Retention
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.saving import Save, Saver
@@ -37,19 +38,22 @@ class Beside:
         self.run = Checkpoints(self.store, folder, 0, world_size=1, retention=Retention(2))
         self.run.begin()
         self.ended: list[Save] = []
-        self.after: list[None] = []
+        self.lines: list[Line] = []
+        self.after: list[int] = []
+        """Lines that were there each time."""
         self.weights = {"w": torch.zeros(3)}
         self.saver = Saver(
             self.run,
             wait_seconds=wait_seconds,
             most_failures=2,
             on_end=self.ended.append,
-            after=lambda: self.after.append(None),
+            write=self.lines.append,
+            after=lambda: self.after.append(len(self.lines)),
         )
 
     def offer(self, step: int) -> bool:
         """What a session does when a save is due."""
-        if not self.saver.ready():
+        if not self.saver.ready(step):
             return False
         self.saver.begin(self.state(step), lambda _folder: None, {"reward": float(step)})
         return True
@@ -76,7 +80,7 @@ def test_training_changes_the_weights_while_the_old_ones_are_stored(beside: Besi
     beside.store.open.set()
     assert beside.saver.settle(20)
     (save,) = beside.ended
-    assert (save.step, save.error, len(beside.after)) == (1, None, 1)
+    assert (save.step, save.error, beside.after) == (1, None, [1]), "what is sent has its line"
     assert save.bytes > 0
     assert save.folder is not None
     assert torch.equal(beside.run.load(save.folder).trained["w"], torch.zeros(3))
@@ -92,6 +96,13 @@ def test_a_save_that_is_due_too_early_is_skipped(tmp_path: Path) -> None:
     assert beside.offer(3)
     assert beside.saver.settle(20)
     assert beside.steps() == [3, 1]
+    assert sorted((line.epoch, bool(line.folder)) for line in beside.lines) == [
+        (1, True),
+        (2, False),
+        (3, True),
+    ]
+    (skipped,) = (line for line in beside.lines if line.error)
+    assert skipped.error == "skipped, as the one before took more than 0.05 s"
 
 
 def test_a_success_forgives_and_failures_in_a_row_end_the_run(beside: Beside) -> None:
@@ -127,6 +138,7 @@ def test_one_that_is_taken_over_after_its_commit_learns_it_too(
         wait_seconds=20,
         most_failures=2,
         on_end=beside.ended.append,
+        write=beside.lines.append,
         after=copies_its_record,
     )
     saver.begin(beside.state(1), lambda _folder: None, {})

@@ -61,6 +61,7 @@ def test_a_run_records_its_epochs_evaluations_and_checkpoints(tmp_path: Path) ->
         "done",
     }
     assert told[-1].phase == "done"
+    assert {(p.attempt, p.incarnation, p.failed_saves) for p in told} == {(0, 1, 0)}
     assert told[-1].checkpoint_epoch == 4
     assert str(told[-1].checkpoint_uri).endswith(layout.folder_name(4, 0))
     assert Progress.model_validate_json((tmp_path / layout.PROGRESS).read_bytes()) == told[-1]

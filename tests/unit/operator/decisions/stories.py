@@ -94,12 +94,15 @@ def started(job: JobBuilder | None = None) -> Story:
     return story
 
 
-def progress(*, epoch: int = 1, attempt: int = 1, checkpoint: int | None = None) -> Progress:
+def progress(
+    *, epoch: int = 1, attempt: int = 1, incarnation: int = 1, checkpoint: int | None = None
+) -> Progress:
     return Progress(
         epoch=epoch,
         epochs=2,
         phase="rollout",
         attempt=attempt,
+        incarnation=incarnation,
         checkpoint_epoch=checkpoint,
         checkpoint_uri=f"s3://bucket/{checkpoint}" if checkpoint is not None else None,
         time=at(0),

@@ -26,10 +26,13 @@ from tests.unit.operator.decisions.stories import (
 )
 
 
-def words(epoch: int, *, attempt: int = 1, run_id: str = "team/demo-11111111") -> LastWords:
+def words(
+    epoch: int, *, attempt: int = 1, incarnation: int = 1, run_id: str = "team/demo-11111111"
+) -> LastWords:
     return LastWords(
         run_id=run_id,
         attempt=attempt,
+        incarnation=incarnation,
         checkpoint_epoch=epoch,
         checkpoint_uri=f"s3://bucket/{epoch}",
     )
@@ -68,7 +71,13 @@ class TestTheLastCheckpoint:
         assert self.named(story) == (2, "s3://bucket/2")
 
     @pytest.mark.parametrize(
-        "heard", [None, words(2, attempt=7), words(2, run_id="team/other-11111111")]
+        "heard",
+        [
+            None,
+            words(2, attempt=7),
+            words(2, run_id="team/other-11111111"),
+            words(2, incarnation=0),  # of a start before the one that told its progress
+        ],
     )
     def test_is_looked_for_in_the_run_where_nothing_tells(self, heard: LastWords | None) -> None:
         story = self.ending(heard=heard)

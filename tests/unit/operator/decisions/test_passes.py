@@ -428,6 +428,30 @@ class TestProgress:
         assert story.message(ConditionType.RUNNING).endswith("cannot be read: no answer in time")
         assert story.status.phase == "Running"
 
+    @pytest.mark.parametrize(
+        ("told", "epoch", "checkpoint"),
+        [
+            ([(1, 1)], 1, 1),
+            ([(1, 2), (2, 1)], 1, 1),  # a new start of the attempt went back
+            ([(1, 1), (2, 1), (1, 2)], 1, 1),  # the older start is alive still
+            ([(2, 1), (2, 2)], 2, 2),
+        ],
+    )
+    def test_is_that_of_the_newest_start_of_the_attempt(
+        self, told: list[tuple[int, int]], epoch: int, checkpoint: int
+    ) -> None:
+        story = started()
+        for incarnation, reached in told:
+            said = progress(epoch=reached, incarnation=incarnation, checkpoint=reached)
+            self.look(story, Reading(said))
+        assert story.status.progress_text == f"{epoch}/2"
+        assert story.status.checkpoint is not None
+        assert story.status.checkpoint.epoch == checkpoint
+        taken_over = "start 2 of attempt 1 has taken the run over"
+        assert (taken_over in story.message(ConditionType.RUNNING)) == (
+            told[-1][0] < max(incarnation for incarnation, _ in told)
+        )
+
     def test_the_checkpoint_outlives_the_attempt(self) -> None:
         story = started()
         self.look(story, Reading(progress(checkpoint=1)))
