@@ -21,7 +21,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from tempflow_api import checkpoint_layout, naming, termination
-from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid, Problem, TempFlowError
+from tempflow_api.errors import (
+    NOT_IN_TIME,
+    AddressInUse,
+    ExitCode,
+    ManifestInvalid,
+    Problem,
+    TempFlowError,
+)
 from tempflow_api.status import Progress
 from tempflow_api.termination import LastWords
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
@@ -32,8 +39,6 @@ TERMINATION_LOG = Path("/dev/termination-log")
 SHUTDOWN_RESERVE_SECONDS = 10
 # A file of each rank that catches SIGTERM.
 BEGAN = "rank-*.began"
-# The operator takes it, as it takes PREEMPTED, for a disruption: what ended is not at fault.
-KILLED_BY_SIGTERM = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def stopped(message: str, seconds: float, most: float, *, began: bool) -> tuple[
         began: whether a rank had come so far that SIGTERM does not end it at once.
     """
     if seconds >= most:
-        return KILLED_BY_SIGTERM, (
+        return NOT_IN_TIME, (
             f"killed before it could stop, {seconds:.0f} s after it was asked to; the run "
             "continues from its last checkpoint; allow more with "
             "spec.runPolicy.terminationGracePeriodSeconds"

@@ -90,6 +90,7 @@ class Session:
         settings = self.spec.checkpoint
         self.saver = Saver(
             self.checkpoints,
+            before=self.copy.send,  # what counts has its record, whenever this process ends
             wait_seconds=settings.max_wait_seconds,
             most_failures=settings.max_failed_saves,
             on_end=self._saved,
@@ -281,8 +282,7 @@ class Session:
             grid = f"{layout.GRIDS}/epoch-{self.epochs_done:06d}.png"
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
-        line = line_of(self.epochs_done, found, grid)
-        line = line.model_copy(update={"alarms": alarms})
+        line = line_of(self.epochs_done, found, grid).model_copy(update={"alarms": alarms})
         self.last_evaluation = line
         self.record.append(layout.EVALUATIONS, line)
         self.tracking.evaluation(line)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tempflow_api import naming
-from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid
+from tempflow_api.errors import NOT_IN_TIME, AddressInUse, ExitCode, ManifestInvalid
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 from tempflow_trainer.launch import Rendezvous, how_it_ended, last_commit, read_job, stopped
@@ -74,8 +74,13 @@ def test_how_it_ended(
 @pytest.mark.parametrize(
     ("seconds", "began", "code", "words"),
     [
-        (5.0, True, 143, "killed before it could stop, 5 s after it was asked to; the run contin"),
-        (5.0, False, 143, "killed before it could stop"),
+        (
+            5.0,
+            True,
+            NOT_IN_TIME,
+            "killed before it could stop, 5 s after it was asked",
+        ),
+        (5.0, False, NOT_IN_TIME, "killed before it could stop"),
         (4.9, False, ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"),
         (4.9, True, ExitCode.RANK_DIED, KILLED.format(0)),
     ],
