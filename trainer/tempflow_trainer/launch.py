@@ -153,7 +153,8 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
     code, message = how_it_ended(status, results, rendezvous)
     if requests and code == ExitCode.RANK_DIED:
         seconds = time.monotonic() - requests[0]
-        return stopped(message, seconds, _stop_seconds(job.spec), began=any(results.glob(BEGAN)))
+        began = len(list(results.glob(BEGAN))) == rendezvous.processes
+        return stopped(message, seconds, _stop_seconds(job.spec), began=began)
     return code, message
 
 
@@ -164,16 +165,17 @@ def stopped(message: str, seconds: float, most: float, *, began: bool) -> tuple[
         message: of the rank, or about it.
         seconds: until all had ended.
         most: after so many seconds torchrun kills what is left.
-        began: whether a rank had come so far that SIGTERM does not end it at once.
+        began: whether all ranks had come so far that SIGTERM does not end them at once; before that
+            none does anything.
     """
+    if not began:
+        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
     if seconds >= most:
         return NOT_IN_TIME, (
             f"killed before it could stop, {seconds:.0f} s after it was asked to; the run "
             "continues from its last checkpoint; allow more with "
             "spec.runPolicy.terminationGracePeriodSeconds"
         )
-    if not began:
-        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
     return ExitCode.RANK_DIED, message
 
 

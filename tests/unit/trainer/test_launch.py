@@ -74,17 +74,12 @@ def test_how_it_ended(
 @pytest.mark.parametrize(
     ("seconds", "began", "code", "words"),
     [
-        (
-            5.0,
-            True,
-            NOT_IN_TIME,
-            "killed before it could stop, 5 s after it was asked",
-        ),
-        (5.0, False, NOT_IN_TIME, "killed before it could stop"),
+        (5.0, True, NOT_IN_TIME, "killed before it could stop, 5 s after it was asked"),
+        (5.0, False, ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"),
         (4.9, False, ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"),
         (4.9, True, ExitCode.RANK_DIED, KILLED.format(0)),
     ],
-    ids=["in vain", "hung as it started", "as it started", "for another reason"],
+    ids=["in vain", "one had not begun, the other waited", "as it started", "for another reason"],
 )
 def test_a_rank_that_died_when_asked_to_stop(
     seconds: float, began: bool, code: int, words: str
