@@ -236,7 +236,6 @@ KILLS: tuple[tuple[dict[str, Any], list[int]], ...] = (
     ({"key": of_step(2, "state/optimizer"), "lost": True}, [1]),
     ({"key": of_step(2, layout.MANIFEST), "lost": True}, [1]),
     ({"key": of_step(2, layout.MANIFEST), "applied": True}, [1]),
-    ({"key": f"{layout.LEDGER}/", "skip": 1, "lost": True}, [1]),
     ({"key": f"{layout.LEDGER}/", "skip": 1, "applied": True}, [1, 2]),
     ({"key": layout.LATEST, "lost": True}, [1, 2, 3]),
     ({"key": layout.METRICS, "lost": True}, [1, 2, 3]),
