@@ -128,6 +128,12 @@ class Saver:
                 f"would be lost with the next fault: {reason}"
             )
 
+    def _prepare(self, step: int) -> None:
+        try:
+            self._before()
+        except (StoreUnavailable, OSError) as error:
+            log.warning("the record is not stored up to epoch %d: %s", step, error)
+
     def _run(
         self,
         save: Save,
@@ -153,9 +159,3 @@ class Saver:
             save.error = error
         except (StoreUnavailable, OSError) as error:  # also a file that a tracker has taken away
             log.warning("the checkpoint is complete, but its record is not: %s", error)
-
-    def _prepare(self, step: int) -> None:
-        try:
-            self._before()
-        except (StoreUnavailable, OSError) as error:
-            log.warning("the record is not stored up to epoch %d: %s", step, error)
