@@ -283,8 +283,8 @@ def _outcome(
     problem: str | None = None
     if killed or (stopped and requests.interrupts):
         code = ExitCode.INTERRUPTED
-    elif not stopped and code not in (ExitCode.DONE, ExitCode.PREEMPTED):
-        problem = _last_error(log, log_start) or _unexplained(returncode)
+    elif code not in (ExitCode.DONE, ExitCode.PREEMPTED):
+        problem = _last_error(log, log_start) or (None if stopped else _unexplained(returncode))
     summary = Record(folder).summary() if code == ExitCode.DONE else None
     return Outcome(int(code), folder, summary, problem, log)
 

@@ -31,7 +31,7 @@ EXIT_MEANINGS: dict[ExitCode, str] = {
     ExitCode.DEVICE: "`compute.device` asks for what is not there.",
     ExitCode.DIVERGED: "The loss or the gradients are not finite.",
     ExitCode.ADDRESS_IN_USE: "A port that the run needs is taken.",
-    ExitCode.PREEMPTED: "Asked to stop; the state is committed.",
+    ExitCode.PREEMPTED: "Asked to stop; the message says what is committed.",
     ExitCode.FENCED: "A newer attempt has taken over the checkpoint store.",
     ExitCode.CONFIG_CHANGED: "The stored run was started with another value of an immutable field.",
     ExitCode.STORE: "The checkpoint store is missing or refuses.",

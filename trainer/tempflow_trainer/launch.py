@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from tempflow_api import checkpoint_layout, naming, termination
-from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid, Problem, TempFlowError
+from tempflow_api.errors import (
+    NOT_IN_TIME,
+    AddressInUse,
+    ExitCode,
+    ManifestInvalid,
+    Problem,
+    TempFlowError,
+)
 from tempflow_api.status import Progress
 from tempflow_api.termination import LastWords
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
@@ -29,6 +37,8 @@ from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 TERMINATION_LOG = Path("/dev/termination-log")
 # Between torchrun's kill of a rank that will not stop and the kill of everything.
 SHUTDOWN_RESERVE_SECONDS = 10
+# A file of each rank that catches SIGTERM.
+BEGAN = "rank-*.began"
 
 
 @dataclass(frozen=True)
@@ -133,20 +143,43 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
     results = work / "ranks"
     shutil.rmtree(results, ignore_errors=True)
     rendezvous = Rendezvous.of(job, environment)
-    requests: list[int] = []
+    requests: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: requests.append(received))
+        signal.signal(number, lambda _received, _frame: requests.append(time.monotonic()))
     environment = _with_packages(job.spec, work, environment)
     child = subprocess.Popen(rendezvous.command(), env=_child_environment(job, environment))
     status = _wait(child, requests)
     shutil.rmtree(work / "staging", ignore_errors=True)
     code, message = how_it_ended(status, results, rendezvous)
-    if requests and not list(results.glob("rank-*.json")):
-        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
+    if requests and code == ExitCode.RANK_DIED:
+        seconds = time.monotonic() - requests[0]
+        began = len(list(results.glob(BEGAN))) == rendezvous.processes
+        return stopped(message, seconds, _stop_seconds(job.spec), began=began)
     return code, message
 
 
-def _wait(child: subprocess.Popen[bytes], requests: list[int]) -> int:
+def stopped(message: str, seconds: float, most: float, *, began: bool) -> tuple[int, str]:
+    """Code and message when a rank died ``seconds`` after the request to stop.
+
+    Args:
+        message: of the rank, or about it.
+        seconds: until all had ended.
+        most: after so many seconds torchrun kills what is left.
+        began: whether all ranks had come so far that SIGTERM does not end them at once; before that
+            none does anything.
+    """
+    if not began:
+        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
+    if seconds >= most:
+        return NOT_IN_TIME, (
+            f"killed before it could stop, {seconds:.0f} s after it was asked to; the run "
+            "continues from its last checkpoint; allow more with "
+            "spec.runPolicy.terminationGracePeriodSeconds"
+        )
+    return ExitCode.RANK_DIED, message
+
+
+def _wait(child: subprocess.Popen[bytes], requests: list[float]) -> int:
     """Until the child ends; a request to stop is passed on, as SIGTERM, once."""
     passed_on = False
     while True:
@@ -158,6 +191,10 @@ def _wait(child: subprocess.Popen[bytes], requests: list[int]) -> int:
             return child.wait(timeout=0.1)
         except subprocess.TimeoutExpired:
             continue
+
+
+def _stop_seconds(spec: JobSpec) -> int:
+    return spec.run_policy.termination_grace_period_seconds - SHUTDOWN_RESERVE_SECONDS
 
 
 def _with_packages(spec: JobSpec, work: Path, environment: Mapping[str, str]) -> Mapping[str, str]:
@@ -172,10 +209,9 @@ def _with_packages(spec: JobSpec, work: Path, environment: Mapping[str, str]) ->
 
 
 def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> dict[str, str]:
-    grace = job.spec.run_policy.termination_grace_period_seconds
     return {
         # torchrun kills its ranks after 30 seconds whatever the pod's grace period is.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace - SHUTDOWN_RESERVE_SECONDS),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_stop_seconds(job.spec)),
         # Torch's threads spin while they wait: with another program beside them, two are forty
         # times slower than one (measured). More processors are used by more processes.
         "OMP_NUM_THREADS": "1",

@@ -150,6 +150,17 @@ def stop_on_request() -> int:
     return 85
 
 
+def stop_too_late() -> int:
+    """An epoch, then wait for SIGTERM and leave as the trainer does that had to be killed."""
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+    epoch(1)
+    while not stopping:
+        time.sleep(0.01)
+    sys.stderr.write("error: killed before it could stop\n")
+    return 128 + signal.SIGTERM
+
+
 def ignore_requests() -> int:
     """Deaf to SIGTERM, as is a worker in a session of its own."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

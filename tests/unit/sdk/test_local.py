@@ -190,6 +190,13 @@ class TestStop:
         outcome = local.run(manifest, listener, work_dir=runs, command=fake("stop_on_request"))
         assert outcome.code == ExitCode.PREEMPTED
 
+    def test_a_trainer_that_could_not_stop_in_time_says_so(
+        self, manifest: Manifest, runs: Path
+    ) -> None:
+        listener = Listener(at_epoch=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        outcome = local.run(manifest, listener, work_dir=runs, command=fake("stop_too_late"))
+        assert (outcome.code, outcome.problem) == (143, "killed before it could stop")
+
     def test_a_trainer_that_is_still_starting_just_ends(
         self, manifest: Manifest, runs: Path
     ) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tempflow_api import naming
-from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid
+from tempflow_api.errors import NOT_IN_TIME, AddressInUse, ExitCode, ManifestInvalid
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
-from tempflow_trainer.launch import Rendezvous, how_it_ended, last_commit, read_job
+from tempflow_trainer.launch import Rendezvous, how_it_ended, last_commit, read_job, stopped
 from tempflow_trainer.progress import ProgressServer
 from tests.numerics.toys import spec_of
 
@@ -69,6 +69,24 @@ def test_how_it_ended(
     tmp_path: Path, status: int, told: Told, expected: tuple[ExitCode, str]
 ) -> None:
     assert ended(tmp_path, status, told) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "began", "code", "words"),
+    [
+        (5.0, True, NOT_IN_TIME, "killed before it could stop, 5 s after it was asked"),
+        (5.0, False, ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"),
+        (4.9, False, ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"),
+        (4.9, True, ExitCode.RANK_DIED, KILLED.format(0)),
+    ],
+    ids=["in vain", "one had not begun, the other waited", "as it started", "for another reason"],
+)
+def test_a_rank_that_died_when_asked_to_stop(
+    seconds: float, began: bool, code: int, words: str
+) -> None:
+    found, said = stopped(KILLED.format(0), seconds, 5, began=began)
+    assert found == code
+    assert said.startswith(words)
 
 
 def test_only_the_ranks_of_this_node_are_read(tmp_path: Path) -> None:
