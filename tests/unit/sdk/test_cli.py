@@ -331,7 +331,8 @@ class TestRun:
 class TestSample:
     def test_what_the_sampler_gets(self, shell: Shell) -> None:
         done = shell(
-            "sample", ".", "--prompt", "a three", "--prompt", "--x", "--count", "4", "--base"
+            *("sample", ".", "--prompt", "a three", "--prompt", "--x", "--count", "4", "--base"),
+            *("--device", "cpu"),
         )
         assert done.returncode == 80
         assert json.loads(done.stdout) == [
@@ -342,6 +343,7 @@ class TestSample:
             "--seed=0",
             "--out=grid.png",
             "--base",
+            "--device=cpu",
         ]
 
     def test_a_folder_that_is_not_there(self, shell: Shell) -> None:
