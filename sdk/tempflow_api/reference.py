@@ -34,7 +34,7 @@ EXIT_MEANINGS: dict[ExitCode, str] = {
     ExitCode.PREEMPTED: "Asked to stop; the message says what is committed.",
     ExitCode.FENCED: "A newer attempt has taken over the checkpoint store.",
     ExitCode.CONFIG_CHANGED: "The stored run was started with another value of an immutable field.",
-    ExitCode.STORE: "The checkpoint store is missing or refuses.",
+    ExitCode.STORE: "The checkpoint store, or the run's own folder, is missing, full or refuses.",
     ExitCode.CHECKPOINT_CORRUPT: "No complete checkpoint passed its check.",
     ExitCode.RANK_DIED: "A process of the node died of a signal.",
     ExitCode.PREFLIGHT: "A check before training found the node, the network or the store unfit.",

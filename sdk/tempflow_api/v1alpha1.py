@@ -210,6 +210,8 @@ class Evaluation(Section):
     prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
     """At most so many of the prompts, from the top of the list."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Drawn of each prompt, from noises that stay the same. Diversity needs two; with more, reward
+    and diversity are less a matter of chance."""
 
 
 class SelfTest(Section):

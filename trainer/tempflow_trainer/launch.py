@@ -5,6 +5,7 @@ the ranks left behind into one exit code and one line. torchrun alone would answ
 failure. No torch is imported here.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from tempflow_api.errors import (
     ExitCode,
     ManifestInvalid,
     Problem,
+    StoreUnavailable,
     TempFlowError,
 )
 from tempflow_api.status import Progress
@@ -140,8 +142,7 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
         raise ManifestInvalid("the environment", [problem])
     job = read_job(Path(environment[naming.ENV_JOB_FILE]))
     work = Path(environment[naming.ENV_WORK_DIR])
-    results = work / "ranks"
-    shutil.rmtree(results, ignore_errors=True)
+    results = _emptied(work / "ranks")
     rendezvous = Rendezvous.of(job, environment)
     requests: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -156,6 +157,16 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
         began = len(list(results.glob(BEGAN))) == rendezvous.processes
         return stopped(message, seconds, _stop_seconds(job.spec), began=began)
     return code, message
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder, with nothing in it: where the disk fills later, a file in it may still begin."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreUnavailable(f"cannot write {folder}: {error.strerror}") from error
+    return folder
 
 
 def stopped(message: str, seconds: float, most: float, *, began: bool) -> tuple[int, str]:
@@ -225,22 +236,24 @@ def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> 
 def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[int, str]:
     """One code and message from what the ranks of this node wrote.
 
-    A rank's own error comes before that of a rank which only lost its peers; a rank that wrote
-    nothing was killed.
+    A rank's own error comes before that of a rank which only lost its peers; words that were cut
+    off tell of a full disk, and a rank that wrote nothing was killed.
     """
     if status == 0:
         return ExitCode.DONE, ""
     first = rendezvous.node_rank * rendezvous.processes
-    told = {
-        rank: result
-        for rank in range(first, first + rendezvous.processes)
-        if (result := _last_words(results / f"rank-{rank}.json")) is not None
-    }
+    files = {r: results / f"rank-{r}.json" for r in range(first, first + rendezvous.processes)}
+    told = {r: words for r, file in files.items() if (words := _last_words(file)) is not None}
     failed = [told[rank] for rank in sorted(told) if told[rank]["code"] != ExitCode.DONE]
     own = [result for result in failed if result["code"] != ExitCode.RANK_DIED]
     if own:
         return own[0]["code"], own[0]["message"]
-    silent = [r for r in range(first, first + rendezvous.processes) if r not in told]
+    silent = [rank for rank in files if rank not in told]
+    if any(files[rank].exists() for rank in silent):
+        return ExitCode.STORE, (
+            f"cannot write in {results.parent}: is the disk full? Make room there, and the same "
+            "job continues from its last checkpoint"
+        )
     if silent:
         return ExitCode.RANK_DIED, (
             f"rank {silent[0]} died without a word: it was killed, perhaps for want of memory; "
@@ -252,7 +265,7 @@ def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[in
 
 
 def _last_words(file: Path) -> dict[str, Any] | None:
-    """What a rank wrote at its end; None if it wrote nothing, or a full disk cut it off."""
+    """What a rank wrote at its end; None if it wrote nothing, or not to the end."""
     try:
         words: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -286,6 +299,13 @@ def last_commit(environment: Mapping[str, str]) -> LastWords | None:
     )
 
 
+def _say(line: str) -> None:
+    """On stderr, or not at all: where that is a file on a full disk, the exit code has to do."""
+    with contextlib.suppress(OSError):
+        # Past Python's buffer: what stayed in it would fail again at exit, and change the code.
+        os.write(sys.stderr.fileno(), line.encode())
+
+
 def main() -> int:
     """Returns the exit code; its message goes to stderr and to the termination message."""
     try:
@@ -293,7 +313,7 @@ def main() -> int:
     except TempFlowError as error:
         code, message = int(error.exit_code), str(error)
     if message:
-        sys.stderr.write(f"{'note' if code == ExitCode.PREEMPTED else 'error'}: {message}\n")
+        _say(f"{'note' if code == ExitCode.PREEMPTED else 'error'}: {message}\n")
     if TERMINATION_LOG.exists():
         TERMINATION_LOG.write_text(termination.compose(last_commit(os.environ), message))
     return int(code)

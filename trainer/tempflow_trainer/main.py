@@ -1,5 +1,6 @@
 """One rank of a run: read the job, build its parts, train, and end with the right code."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -349,7 +350,8 @@ def main() -> int:
     except TempFlowError as error:
         code, message = error.exit_code, str(error)
     except Exception as error:  # the edge: a rank must say how it ended
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            traceback.print_exc()
         tail.note(traceback.format_exc())
         code, message = _judge(error)
     _keep(f"rank-{rank}.json", json.dumps({"rank": rank, "code": int(code), "message": message}))

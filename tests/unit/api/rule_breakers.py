@@ -71,9 +71,12 @@ _BUILTIN = _position("the only built-in", "spec.model.source")
 _REVISION = _position("is of a Hugging Face id", "spec.model.revision")
 _PROMPTS = _position("exactly one", "spec.data")
 _PROMPTS_KEY = _position("promptsFile is then", "spec.data.promptsConfigMap")
-_SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
-_FOURTEEN = _position("the digits family", "spec.sampling.width")
-_EVALUATION_SIZE = _position("width and height of an ev", "spec.evaluation.width")
+_SIXTEEN_WIDE = _position("is a multiple of 16", "spec.sampling.width")
+_SIXTEEN_HIGH = _position("is a multiple of 16", "spec.sampling.height")
+_FOURTEEN_WIDE = _position("is 14", "spec.sampling.width")
+_FOURTEEN_HIGH = _position("is 14", "spec.sampling.height")
+_EVALUATED_WIDTH = _position("is what the family", "spec.evaluation.width")
+_EVALUATED_HEIGHT = _position("is what the family", "spec.evaluation.height")
 _LAST_STEP = _position("each is less", "spec.algorithm.branchSteps")
 _STEP_TWICE = _position("no step", "spec.algorithm.branchSteps")
 _NO_BRANCHES = _position("is 1 with", "spec.algorithm.branchesPerSeed")
@@ -130,11 +133,16 @@ BREAKERS = (
         _PROMPTS_KEY,
         {"data.prompts": None, "data.promptsFile": "a/b.txt", "data.promptsConfigMap": "p"},
     ),
-    Breaker("odd width", _SIXTEEN, {**_SD3, "sampling.width": 500, "sampling.height": 512}),
-    Breaker("odd height", _SIXTEEN, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
-    Breaker("large digits", _FOURTEEN, {"sampling.width": 28, "sampling.height": 28}),
-    Breaker("high digits", _FOURTEEN, {"sampling.height": 28}),
-    Breaker("large evaluation of digits", _EVALUATION_SIZE, {"evaluation.width": 28}),
+    Breaker("odd width", _SIXTEEN_WIDE, {**_SD3, "sampling.width": 500, "sampling.height": 512}),
+    Breaker("odd height", _SIXTEEN_HIGH, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
+    Breaker("wide digits", _FOURTEEN_WIDE, {"sampling.width": 28}),
+    Breaker("high digits", _FOURTEEN_HIGH, {"sampling.height": 28}),
+    Breaker("wide evaluation of digits", _EVALUATED_WIDTH, {"evaluation.width": 28}),
+    Breaker(
+        "odd height of an evaluation",
+        _EVALUATED_HEIGHT,
+        {**_SD3, "sampling.width": 64, "sampling.height": 64, "evaluation.height": 72},
+    ),
     Breaker("last step", _LAST_STEP, {"algorithm.branchSteps": [0, 9]}),
     Breaker("step twice", _STEP_TWICE, {"algorithm.branchSteps": [3, 0, 3]}),
     Breaker(

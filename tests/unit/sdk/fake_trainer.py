@@ -138,6 +138,10 @@ def fail_silently() -> int:
     return 3
 
 
+def fail_without_a_log() -> int:
+    return 88
+
+
 def stop_on_request() -> int:
     """Two epochs, then wait for SIGTERM and leave as the trainer does."""
     stopping = []

@@ -161,6 +161,17 @@ class TestFailure:
         assert outcome.problem == "the trainer failed with exit code 3"
         assert "not finite" in outcome.log.read_text()
 
+    def test_a_code_of_the_trainer_s_own_without_a_line_in_the_log(
+        self, manifest: Manifest, runs: Path
+    ) -> None:
+        outcome = local.run(manifest, Listener(), work_dir=runs, command=fake("fail_without_a_log"))
+        assert outcome.code == ExitCode.STORE
+        assert outcome.problem == (
+            "the trainer failed with exit code 88 (The checkpoint store, or the run's own folder, "
+            "is missing, full or refuses.) and could not log why: is the disk of "
+            f"{outcome.folder} full?"
+        )
+
     def test_killed_from_outside(self, manifest: Manifest, runs: Path) -> None:
         outcome = local.run(manifest, Listener(), work_dir=runs, command=fake("be_killed"))
         assert outcome.code == 137

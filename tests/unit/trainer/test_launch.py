@@ -95,9 +95,16 @@ def test_only_the_ranks_of_this_node_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", '{"rank": 0, "co'], ids=["empty", "cut"])
-def test_words_that_a_full_disk_cut_off_are_no_words(tmp_path: Path, content: str) -> None:
+def test_words_that_are_cut_off_tell_of_a_full_disk(tmp_path: Path, content: str) -> None:
     (tmp_path / "rank-0.json").write_text(content)
-    assert ended(tmp_path, 1, {1: LOST}) == (ExitCode.RANK_DIED, KILLED.format(0))
+    code, message = ended(tmp_path, 1, {1: LOST})
+    assert code == ExitCode.STORE
+    assert message.startswith(f"cannot write in {tmp_path.parent}: is the disk full?")
+
+
+def test_another_rank_knows_more_than_words_that_are_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.json").write_text("")
+    assert ended(tmp_path, 1, {1: (ExitCode.REWARD, "nan")}) == (ExitCode.REWARD, "nan")
 
 
 def job(**compute: object) -> TempFlowGRPOJob:
