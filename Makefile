@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 # A GPU that is there and does not work is an error, not a reason to skip its tests.
 GPU := $(wildcard /dev/nvidia0)
 
-.PHONY: help setup demo test test-faults test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
+.PHONY: help setup demo test mutants test-faults test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -37,6 +37,9 @@ test: setup ## The tests that need nothing but Python packages
 
 test-gpu: setup ## One real step of every family on a GPU; fails without one
 	$(RUN) tests/budget.py --name gpu --minutes 5 -- $(RUN) -m pytest -q -m gpu tests/gpu
+
+mutants: setup ## Mistakes in the mathematics, one at a time: each has its test, which must fail
+	$(RUN) -m tests.numerics.mutants "$(NAME)"
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
 	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m faults tests/faults

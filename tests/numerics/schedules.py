@@ -2,9 +2,11 @@
 product's functions make them, and any shift and number of steps."""
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -50,6 +52,10 @@ def qwen(steps: int = 10, image_tokens: int = 1024) -> Schedule:
     scheduler = FlowMatchEulerDiscreteScheduler(**configuration(QWEN))
     return packed.shifted_schedule(scheduler, steps, image_tokens)
 
+
+FAMILIES: tuple[Callable[[int], Schedule], ...] = (sd3, flux, qwen)
+any_family = st.sampled_from(FAMILIES)
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=["sd3", "flux", "qwen-image"])
 
 any_schedule: st.SearchStrategy[Schedule] = st.one_of(
     st.builds(sd3, steps=st.integers(2, 40), shift=st.floats(1, 10)),
