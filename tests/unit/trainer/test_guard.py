@@ -254,7 +254,7 @@ def test_a_held_out_reward_that_falls_takes_the_run_back(tmp_path: Path) -> None
             "optimizer.learningRate": 0.05,
             "evaluation.everyEpochs": 2,
             "checkpoint.everyEpochs": 2,
-            "guard.heldOutDrop": 3.0,
+            "guard.heldOutDrop": 4.0,
         }
     )
     plain = session_of(spec, tmp_path)
@@ -269,7 +269,7 @@ def test_a_held_out_reward_that_falls_takes_the_run_back(tmp_path: Path) -> None
     assert not any(row["alarms"] for row in rows(tmp_path, layout.EVALUATIONS))
     first, *_, last = rows(tmp_path, layout.EVALUATIONS)
     lost = first["rewards"]["judge"]["mean"] - last["rewards"]["judge"]["mean"]
-    assert lost < 3.0 * first["rewards"]["judge"]["std"]
+    assert lost < 4.0 * first["rewards"]["judge"]["std"]
 
 
 def test_a_rollback_is_not_forgotten_by_a_restart(tmp_path: Path) -> None:
