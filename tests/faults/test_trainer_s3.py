@@ -20,6 +20,7 @@ from tempflow.pulling import pull
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api import naming
 from tempflow_api.errors import ExitCode
+from tempflow_api.status import Progress
 from tests.faults.s3_proxy import Fault, Proxy, Seen
 
 pytestmark = pytest.mark.faults
@@ -82,6 +83,26 @@ class Run:
         }
         spec["compute"] |= {"processesPerNode": processes}
         return dict(given)
+
+    def wait_for_phase(self, phase: str, epoch: int, process: subprocess.Popen[str]) -> None:
+        """Until the newest start is in that phase after ``epoch`` epochs; "start" is before all
+        phases, when there is a rank."""
+        told = self.folder / f"machine-{self.starts}" / layout.PROGRESS
+
+        def reached() -> bool:
+            if phase == "start":
+                return len(ranks_of(process)) > 0
+            if not told.exists():
+                return False
+            progress = Progress.model_validate_json(told.read_text())
+            assert progress.epoch <= epoch, f"the {phase} of epoch {epoch} was missed"
+            return (progress.phase, progress.epoch) == (phase, epoch)
+
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not reached():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "nothing happened"
+            time.sleep(0.001)
 
     def committed(self) -> list[int]:
         return [s.step for s in steps(open_store(self.stored, self.s3.endpoint, "us-east-1"))]
@@ -205,6 +226,26 @@ def test_sigterm_in_a_save_completes_it(run: Run, s3: Proxy, undisturbed: dict[s
     code, output = finish(run.start())
     assert code == ExitCode.DONE, output
     assert f"continues after {done} epochs" in output
+    assert run.result() == undisturbed
+
+
+# The phases in which a run is stopped, one start after the other, and of which epoch each is.
+STOPS = (("start", 0), ("evaluation", 0), ("rollout", 0), ("scoring", 1), ("update", 2))
+
+
+def test_sigterm_in_every_phase_repeats_or_finishes_it(
+    run: Run, undisturbed: dict[str, str]
+) -> None:
+    for phase, epoch in STOPS:
+        process = run.start()
+        run.wait_for_phase(phase, epoch, process)
+        process.send_signal(signal.SIGTERM)
+        code, output = finish(process)
+        assert code == ExitCode.PREEMPTED, output
+        assert output.splitlines()[-1].startswith("note: "), output
+    assert run.committed()[-1] < 4
+    code, output = finish(run.start())
+    assert code == ExitCode.DONE, output
     assert run.result() == undisturbed
 
 
