@@ -82,6 +82,11 @@ _STEP_TWICE = _position("no step", "spec.algorithm.branchSteps")
 _NO_BRANCHES = _position("is 1 with", "spec.algorithm.branchesPerSeed")
 _PROMPT_SCOPE = _position("is prompt with", "spec.algorithm.advantage.scope")
 _CANDIDATES = _position("is at most the number", "spec.algorithm.branchSet.count")
+_COUNT_OF_ALL = _position("is left out with choose", "spec.algorithm.branchSet.count")
+_NO_SLIDING = _position("is left out unless choose", "spec.algorithm.branchSet.everyEpochs")
+_NO_DEVIATION = _position("is left out with deviation", "spec.algorithm.advantage.epsilon")
+_NO_DIVERGENCE = _position("is left out where klCoefficient", "spec.algorithm.klForm")
+_NO_TAIL = _position("is left out where flow-grpo", "spec.sampling.tail")
 _CPS_WEIGHTS = _position("is none with sde cps", "spec.algorithm.weighting")
 _CPS_KL = _position("is exact or velocity", "spec.algorithm.klForm")
 _CPS_MERGE = _position("is 0 with sde cps", "spec.algorithm.mergeBelow")
@@ -186,6 +191,35 @@ BREAKERS = (
             "algorithm.branchSteps": [0, 1, 2],
             "algorithm.branchSet": {"choose": "random", "count": 4},
         },
+    ),
+    Breaker("a number of all", _COUNT_OF_ALL, {"algorithm.branchSet": {"count": 2}}),
+    Breaker(
+        "a window that never slides",
+        _NO_SLIDING,
+        {"algorithm.branchSet": {"choose": "window", "count": 2, "everyEpochs": 5}},
+    ),
+    Breaker(
+        "beside no deviation",
+        _NO_DEVIATION,
+        {"algorithm.advantage": {"deviation": "none", "epsilon": 0.1}},
+    ),
+    Breaker(
+        "a form of nothing",
+        _NO_DIVERGENCE,
+        {"algorithm.klCoefficient": 0, "algorithm.klForm": "velocity"},
+    ),
+    *(
+        Breaker(
+            f"a tail of nothing, {name}",
+            _NO_TAIL,
+            {
+                "algorithm.method": "flow-grpo",
+                "algorithm.branchesPerSeed": 1,
+                "algorithm.advantage": {"scope": "prompt"},
+                "sampling.tail": tail,
+            },
+        )
+        for name, tail in (("dpm2", {"solver": "dpm2"}), ("short", {"steps": 2}))
     ),
     Breaker("weights with cps", _CPS_WEIGHTS, {"sampling.sde": "cps"}),
     Breaker(
