@@ -9,7 +9,7 @@ from typing import Any, Self
 from tempflow_api import naming
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_operator.decisions import instants
-from tempflow_operator.decisions.observed import INDEX_ANNOTATION, Snapshot, TrainingJob, snapshot
+from tempflow_operator.decisions.observed import Snapshot, TrainingJob, snapshot
 from tempflow_operator.decisions.observed import training_job as typed_job
 
 Raw = dict[str, Any]
@@ -248,7 +248,7 @@ def make_pod(attempt: int = 1, rank: int = 0) -> PodBuilder:
     """A pod that waits for a node."""
     name = f"{naming.attempt_name('demo', attempt)}-{rank}-x"
     metadata = _child(name, attempt, f"pod-{attempt}-{rank}", owner(f"gang-{attempt}", "Job"))
-    metadata["annotations"] = {INDEX_ANNOTATION: str(rank)}
+    metadata["annotations"] = {naming.POD_INDEX: str(rank)}
     return PodBuilder({"metadata": metadata, "spec": {}, "status": {"phase": "Pending"}})
 
 

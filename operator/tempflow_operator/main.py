@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from tempflow_api import naming
@@ -35,18 +35,25 @@ logger = logging.getLogger(__name__)
 class Operator:
     """The parts of one replica."""
 
-    def __init__(self, settings: Settings, cluster: Cluster, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Cluster,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
+        self._clock = clock
         self._cluster = cluster
         self._metrics = metrics
         self._leading = False
         self._leader = Leader(cluster, settings.lease)
-        self._proof = WatchProof(time.monotonic, by_namespace=bool(settings.namespaces))
+        self._proof = WatchProof(clock, by_namespace=bool(settings.namespaces))
         heard = Heard()
         self._watches = Watches(settings.namespaces, self._saw, heard.note)
         self._progress = ProgressReader(
             settings.progress,
-            clock=time.monotonic,
+            clock=clock,
             on_change=lambda key: self._workers.add(key),
             metrics=metrics,
         )
@@ -59,7 +66,7 @@ class Operator:
             metrics=metrics,
         )
         self._workers = Workers(
-            settings.queue, reconciler.run_pass, clock=time.monotonic, on_error=self._on_error
+            settings.queue, reconciler.run_pass, clock=clock, on_error=self._on_error
         )
         metrics.watch_queue(self._depth, self._longest_wait)
 
@@ -100,7 +107,7 @@ class Operator:
         self._metrics.events.labels(kind).inc()
         self._proof.saw(kind, namespace, version)
         if job:
-            settle = None if kind == naming.PLURAL else self._settings.queue.settle_gang
+            settle = 0.0 if kind == naming.PLURAL else self._settings.queue.settle
             self._workers.add(Key(namespace, job), delay=settle)
 
     async def _resync(self) -> None:
@@ -129,10 +136,10 @@ class Operator:
         logger.warning(text, key, delay, type(error).__name__, error, exc_info=not known)
 
     def _depth(self) -> float:
-        return self._workers.schedule.depth(time.monotonic())
+        return self._workers.schedule.depth(self._clock())
 
     def _longest_wait(self) -> float:
-        return self._workers.schedule.longest_wait(time.monotonic())
+        return self._workers.schedule.longest_wait(self._clock())
 
     def what_is_wrong(self) -> str:
         """For the liveness probe; a replica that waits for the Lease has nothing to prove."""

@@ -64,11 +64,10 @@ class Queue:
 
     workers: int = 8
     """Passes at a time. A pass waits for the API server most of the time."""
-    settle: float = 0.1
-    """Between an event and its pass: one pass for the burst of events that a change causes."""
-    settle_gang: float = 1.0
-    """The same for events of pods and of their Job, which start and stop together. What they lead
-    to is mostly a status, and meanwhile other jobs can be started."""
+    settle: float = 1.0
+    """Between an event of a pod, or of a Job, and the pass: pods start and stop together. What they
+    lead to is mostly a status, and meanwhile other jobs can be started. A change of a job itself is
+    one event, and is looked at at once."""
     gap: float = 0.5
     """Least time between two passes of one job."""
     retry_delay: float = 1.0

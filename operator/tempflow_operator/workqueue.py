@@ -129,10 +129,9 @@ class Workers:
         self._on_error = on_error
         self._changed = asyncio.Event()
 
-    def add(self, key: Key, *, delay: float | None = None) -> None:
-        """Ask for a pass soon: after the settings' ``settle``, or after ``delay``."""
-        wait = self._settings.settle if delay is None else delay
-        self.schedule.add(key, self._clock(), delay=wait)
+    def add(self, key: Key, *, delay: float = 0.0) -> None:
+        """Ask for a pass after ``delay`` seconds."""
+        self.schedule.add(key, self._clock(), delay=delay)
         self._changed.set()
 
     async def run(self) -> None:

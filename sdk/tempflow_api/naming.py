@@ -17,6 +17,9 @@ ROLE_REWARD = "reward"
 LABEL_REWARD = f"{GROUP}/reward"
 ROLE_READER = "reader"
 
+POD_INDEX = "batch.kubernetes.io/job-completion-index"
+"""The rank of a pod's node; the Job controller's name for both an annotation and a label."""
+
 TRAINER_CONTAINER = "trainer"
 REWARD_CONTAINER = "reward"
 FIELD_MANAGER = "tempflow-operator"

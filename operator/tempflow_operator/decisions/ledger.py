@@ -138,7 +138,7 @@ def _settle(
             return _closed(ledger, "Suspended", now, None)
         return _failed(ledger, job, seen, Gang(name="", uid="", attempt=0), now, timing)
     pods = seen.pods_of(ledger.attempt)
-    ledger = _with_running(_with_start(ledger, gang), job, seen, gang, now)
+    ledger = _with_running(_with_start(ledger, gang, now), job, seen, gang, now)
     if gang.completed_at is not None:
         done = _closed(ledger, "Succeeded", gang.completed_at, None)
         end = End(True, Reason.COMPLETED, "all epochs are trained", gang.completed_at)
@@ -199,17 +199,21 @@ def _why_not_running(job: TrainingJob, seen: Snapshot, attempt: int) -> str:
     return "the cluster does not say why"
 
 
-def _with_start(ledger: Ledger, gang: Gang) -> Ledger:
-    """The start of the open attempt. A queue may take the pods back and admit them again: what
-    counts is the start of the last time, which is the one that the gang shows."""
+def _with_start(ledger: Ledger, gang: Gang, now: float) -> Ledger:
+    """The start of the open attempt. A queue may take the pods back and admit them again: the
+    attempt then starts anew, and how long its pods were there is kept in the accounts."""
     current = ledger.current
     if current is None:
         return ledger
     start = None if gang.start_time is None else instants.timestamp(gang.start_time)
     if start == current.start_time or (start is None and not gang.queued):
         return ledger
+    spent = 0
+    if start is None and current.start_time is not None:
+        spent = max(0, int(now - instants.seconds(current.start_time)))
     update = {"start_time": start, "running_time": None}
-    return _replaced(ledger, current.model_copy(update=update))
+    ledger = _replaced(ledger, current.model_copy(update=update))
+    return replace(ledger, active_seconds=ledger.active_seconds + spent)
 
 
 def _with_running(
@@ -264,11 +268,10 @@ def _ended(ledger: Ledger, job: TrainingJob, ending: Ending, at: float, timing: 
 
 
 def _allowed(kind: FailureClass, job: TrainingJob) -> int | None:
-    """How many further attempts endings of that class may have; None for any number."""
-    if kind is FailureClass.DISRUPTION:
+    """How many further attempts endings of that class may have; None for any number. A
+    specification that cannot be read has its own end, which says so."""
+    if kind is FailureClass.DISRUPTION or job.spec is None:
         return None
-    if job.spec is None:
-        return 0
     policy = job.spec.run_policy
     return policy.max_preflight_restarts if kind is FailureClass.PREFLIGHT else policy.max_restarts
 

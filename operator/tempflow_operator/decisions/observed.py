@@ -14,6 +14,7 @@ from tempflow_api.naming import (
     LABEL_ATTEMPT,
     LABEL_REWARD,
     OPERATOR,
+    POD_INDEX,
     REWARD_CONTAINER,
     TRAINER_CONTAINER,
     run_folder,
@@ -27,7 +28,6 @@ from tempflow_operator.decisions.adoption import owned_by
 
 Raw = Mapping[str, Any]
 
-INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 RECEIPT = "ConfigMap"
 """The kind of the object that shows that an attempt's number is used."""
 
@@ -380,7 +380,7 @@ def _pod(raw: Raw) -> Pod:
     statuses = status.get("containerStatuses") or []
     ours = (TRAINER_CONTAINER, REWARD_CONTAINER)
     container: Raw = next((c for c in statuses if c.get("name") in ours), {})
-    index = metadata.get("annotations", {}).get(INDEX_ANNOTATION, "")
+    index = metadata.get("annotations", {}).get(POD_INDEX, "")
     return Pod(
         name=metadata["name"],
         uid=metadata.get("uid", ""),

@@ -52,8 +52,9 @@ def next_status(
     progress = _progress(job, ledger, reading, checkpoint)
     current = ledger.current
     facts = {
-        ConditionType.SUSPENDED: _suspended(job, seen, ledger),
-        ConditionType.RUNNING: _obstructed(obstacle) or _running(job, seen, ledger, reading),
+        ConditionType.SUSPENDED: _suspended(job, ledger, released=released),
+        ConditionType.RUNNING: _obstructed(obstacle)
+        or _running(job, seen, ledger, reading, released=released),
         ConditionType.CHECKPOINTED: _checkpointed(checkpoint),
         **_outcome(ledger, released=released),
     }
@@ -109,10 +110,10 @@ def _replicas(seen: Snapshot, ledger: Ledger, pods: tuple[Pod, ...]) -> Replicas
     )
 
 
-def _suspended(job: TrainingJob, seen: Snapshot, ledger: Ledger) -> _Fact:
+def _suspended(job: TrainingJob, ledger: Ledger, *, released: bool) -> _Fact:
     if ledger.end is not None or not job.suspend:
         return _Fact(False, Reason.NOT_SUSPENDED)
-    if seen.anything_live:
+    if not released:
         return _Fact(False, Reason.SUSPENDING, "pods write a last checkpoint and stop")
     return _Fact(True, Reason.SUSPENDED_BY_USER, "no pod is left")
 
@@ -149,19 +150,20 @@ def _obstructed(obstacle: Obstacle | None) -> _Fact | None:
     return None if obstacle is None else _Fact(False, obstacle.reason, obstacle.message)
 
 
-def _running(job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading | None) -> _Fact:
+def _running(
+    job: TrainingJob, seen: Snapshot, ledger: Ledger, reading: Reading | None, *, released: bool
+) -> _Fact:
     if ledger.end is not None:
         return _Fact(False, ledger.end.reason, ledger.end.message)
     if ledger.open:
         return _attempt_runs(job, seen, ledger, reading)
     if job.suspend:
-        reason = Reason.SUSPENDING if seen.anything_live else Reason.SUSPENDED_BY_USER
+        reason = Reason.SUSPENDED_BY_USER if released else Reason.SUSPENDING
         return _Fact(False, reason)
     if ledger.attempt == 0:
         return _Fact(False, Reason.PENDING)
-    stopping = seen.anything_live
-    reason = _own_reason(ledger) or (Reason.STOPPING if stopping else Reason.RESTARTING)
-    return _Fact(False, reason, _after(ledger, STOPPING if stopping else _due(ledger)))
+    reason = _own_reason(ledger) or (Reason.RESTARTING if released else Reason.STOPPING)
+    return _Fact(False, reason, _after(ledger, _due(ledger) if released else STOPPING))
 
 
 STOPPING = "its pods are stopping"

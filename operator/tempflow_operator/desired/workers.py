@@ -17,7 +17,6 @@ from tempflow_operator.settings import Pods
 
 # https://kueue.sigs.k8s.io/docs/tasks/run/jobs/
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 
 _CONFIG_DIR = "/etc/tempflow"
 
@@ -150,7 +149,7 @@ def _environment(attempt: AttemptOf) -> list[Manifest]:
     served = endpoints(attempt)
     if served:
         values[naming.ENV_REWARD_ENDPOINTS] = json.dumps(served)
-    rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
+    rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{naming.POD_INDEX}']"}}
     return [
         *({"name": name, "value": value} for name, value in values.items()),
         {"name": naming.ENV_NODE_RANK, "valueFrom": rank},

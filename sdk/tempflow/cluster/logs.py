@@ -23,8 +23,6 @@ from tempflow.cluster.job import LogLine
 from tempflow.cluster.watching import Patience
 from tempflow_api import naming
 
-INDEX = "batch.kubernetes.io/job-completion-index"
-
 # A stream that is silent for so long is opened anew: a peer that is gone would be silent, too.
 _IDLE_SECONDS = 60.0
 # How long a log that its node refuses is asked for after the job has ended.
@@ -124,7 +122,7 @@ def pod_log(pod: Raw) -> PodLog | None:
     state: Raw = next((s["state"] for s in statuses if s["name"] == naming.TRAINER_CONTAINER), {})
     if "running" not in state and "terminated" not in state:
         return None
-    index = {**metadata.get("annotations", {}), **metadata["labels"]}.get(INDEX, "0")
+    index = {**metadata.get("annotations", {}), **metadata["labels"]}.get(naming.POD_INDEX, "0")
     attempt = metadata["labels"].get(naming.LABEL_ATTEMPT, "0")
     return PodLog(metadata["namespace"], metadata["name"], int(attempt), int(index))
 

@@ -13,7 +13,7 @@ from tempflow_operator.workqueue import Schedule, Workers
 from tests.unit.operator.virtual_time import now, run
 
 A, B = Key("team", "a"), Key("team", "b")
-SETTINGS = Queue(settle=0, gap=0, retry_delay=1, retry_delay_limit=60)
+SETTINGS = Queue(gap=0, retry_delay=1, retry_delay_limit=60)
 
 
 def schedule(settings: Queue = SETTINGS) -> Schedule:
@@ -196,11 +196,11 @@ class Passes:
                 await asyncio.sleep(0.005)
 
 
-def work(passes: Passes, keys: list[Key], count: int) -> None:
+def work(passes: Passes, keys: list[Key], count: int, delay: float = 0) -> None:
     async def story() -> None:
         running = asyncio.create_task(passes.workers.run())
         for key in keys:
-            passes.workers.add(key)
+            passes.workers.add(key, delay=delay)
         await passes.until(count)
         await asyncio.sleep(0.03)
         running.cancel()
@@ -212,17 +212,17 @@ def work(passes: Passes, keys: list[Key], count: int) -> None:
 
 class TestWorkers:
     def test_a_burst_of_events_is_one_pass(self) -> None:
-        passes = Passes(Queue(settle=0.02))
-        work(passes, [A] * 50, 1)
+        passes = Passes(Queue())
+        work(passes, [A] * 50, 1, delay=0.02)
         assert passes.seen == [A]
 
     def test_different_keys_run_together(self) -> None:
-        passes = Passes(Queue(settle=0, workers=4))
+        passes = Passes(Queue(workers=4))
         work(passes, [Key("team", str(number)) for number in range(8)], 8)
         assert passes.most_at_once == 4
 
     def test_an_error_is_told_and_retried(self) -> None:
-        passes = Passes(Queue(settle=0, gap=0, retry_delay=0.01))
+        passes = Passes(Queue(gap=0, retry_delay=0.01))
         passes.fail_first = 2
         work(passes, [A], 3)
         assert passes.seen == [A, A, A]
@@ -236,11 +236,11 @@ class TestWorkers:
                 times.append(now())
                 return 3000 if len(times) == 1 else None
 
-            workers = Workers(Queue(settle=1), handle, clock=now, on_error=lambda *_: None)
+            workers = Workers(Queue(), handle, clock=now, on_error=lambda *_: None)
             running = asyncio.create_task(workers.run())
             workers.add(A)
             await asyncio.sleep(3100)
             running.cancel()
-            assert times == [1, 3001]
+            assert times == [0, 3000]
 
         run(story)

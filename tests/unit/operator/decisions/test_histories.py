@@ -10,20 +10,33 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tempflow_api.conditions import ConditionType, find, is_true
+from tempflow_api.conditions import ConditionType, Reason, find, is_true
 from tempflow_api.errors import PERMANENT
 from tempflow_api.status import JobStatus
 from tempflow_operator import settings as configuration
 from tempflow_operator.decisions import plan
 from tempflow_operator.decisions.observed import Snapshot, snapshot, training_job
 from tempflow_operator.decisions.plan import Action, Create, Delete
+from tempflow_operator.decisions.reading import Reading
 from tempflow_operator.decisions.status import next_status, stored_form
 from tempflow_operator.reconcile import decide
 from tests.builders import T0, UID, Raw, at, make_gang, make_job, make_pod, make_server
+from tests.unit.operator.decisions.stories import progress
 
 SETTINGS = configuration.Settings()
 NODES = 2
 GRACE = 120
+LIMITS = {
+    "activeDeadlineSeconds": 3000,
+    "preRunningDeadlineSeconds": 900,
+    "stallTimeoutSeconds": 600,
+    "ttlSecondsAfterFinished": 5000,
+    "maxPreflightRestarts": 1,
+}
+
+
+_OF_TIME = (Reason.DEADLINE_EXCEEDED, Reason.PRE_RUNNING_DEADLINE_EXCEEDED)
+"""Ends that no exit code explains."""
 
 
 class World:
@@ -32,7 +45,11 @@ class World:
     def __init__(self) -> None:
         self.now = 0.0
         served = [{"name": "digit", "placement": "service"}]
-        self.job = make_job().nodes(NODES).max_restarts(2).spec("rewards", served).build()
+        job = make_job().nodes(NODES).max_restarts(2).spec("rewards", served)
+        for limit, seconds in LIMITS.items():
+            job.spec(f"runPolicy.{limit}", seconds)
+        self.job = job.build()
+        self.expired = False
         self.gangs: dict[str, Raw] = {}
         self.pods: dict[str, Raw] = {}
         self.deployments: dict[str, Raw] = {}
@@ -74,6 +91,8 @@ class World:
                 self.parts[action.kind, action.name] = manifest
             if action.kind == "ConfigMap":
                 self.used.add(int(manifest["metadata"]["labels"]["tempflow.dev/attempt"]))
+        elif action.kind == "TempFlowGRPOJob":
+            self.expired = True
         elif action.kind == "Job":
             self.gangs[action.name]["metadata"]["deletionTimestamp"] = at(0)
         elif action.kind == "Deployment":
@@ -179,12 +198,15 @@ class Histories(RuleBasedStateMachine):
         self.attempt = 0
         self.finished = False
         self.ended_by: dict[int, str] = {}
+        self.started: str | None = None
+        self.epoch = 0
 
     def one_pass(self, *, actions: int | None = None, write: bool = True) -> list[Action]:
         """A pass of the operator that may die after some of its calls."""
         world = self.world
         job, seen, now = training_job(world.job), world.seen(), T0 + world.now
-        decision = decide(job, seen, now, SETTINGS)
+        reading = self.reading(job.status.attempt)
+        decision = decide(job, seen, now, SETTINGS, reading)
         for action in decision.actions[:actions]:
             world.execute(action)
         if write and actions is None:
@@ -194,7 +216,7 @@ class Histories(RuleBasedStateMachine):
                 job,
                 seen,
                 accounts,
-                reading=None,
+                reading=reading,
                 words=None,
                 obstacle=None,
                 released=released,
@@ -202,6 +224,22 @@ class Histories(RuleBasedStateMachine):
             )
             world.job["status"], self.status = stored_form(status), status
         return decision.actions
+
+    def reading(self, attempt: int) -> Reading | None:
+        """What rank 0 says, where it runs and can be reached."""
+        running = any(
+            make_pod(attempt, 0).build()["metadata"]["name"] == name
+            and pod["status"]["phase"] == "Running"
+            for name, pod in self.world.pods.items()
+            if name not in self.world.lost
+        )
+        if not running:
+            return None
+        return Reading(progress(epoch=self.epoch, attempt=attempt))
+
+    @rule()
+    def training_moves_on(self) -> None:
+        self.epoch += 1
 
     @rule()
     def operator(self) -> None:
@@ -253,7 +291,7 @@ class Histories(RuleBasedStateMachine):
         ]
         return pods[draw % len(pods)] if pods else None
 
-    @rule(draw=st.integers(0, 7), code=st.sampled_from([1, 83, 90, 137, 85]))
+    @rule(draw=st.integers(0, 7), code=st.sampled_from([1, 83, 90, 91, 137, 85]))
     def pod_fails(self, draw: int, code: int) -> None:
         pod = self.a_pod(draw, "Running")
         if pod is not None:
@@ -292,6 +330,12 @@ class Histories(RuleBasedStateMachine):
             self.world.job["spec"]["runPolicy"]["suspend"] = suspend
             self.world.job["metadata"]["generation"] += 1
 
+    @rule()
+    def user_cancels(self) -> None:
+        if not self.world.job["spec"]["runPolicy"].get("cancel"):
+            self.world.job["spec"]["runPolicy"]["cancel"] = True
+            self.world.job["metadata"]["generation"] += 1
+
     @precondition(lambda self: self.world.gangs)
     @rule()
     def somebody_deletes_the_gang(self) -> None:
@@ -323,6 +367,37 @@ class Histories(RuleBasedStateMachine):
         assert len(numbers) <= 10
 
     @invariant()
+    def times_follow_one_another(self) -> None:
+        moments = [
+            moment
+            for attempt in self.status.attempts
+            for moment in (attempt.start_time, attempt.end_time)
+            if moment is not None
+        ]
+        assert moments == sorted(moments)
+        for attempt in self.status.attempts:
+            if attempt.running_time is not None:
+                assert attempt.start_time is not None
+                assert attempt.start_time <= attempt.running_time
+        assert self.started is None or self.status.start_time == self.started
+        self.started = self.status.start_time
+
+    @invariant()
+    def no_more_time_is_counted_than_there_was(self) -> None:
+        assert 0 <= self.status.active_seconds <= self.world.now
+
+    @invariant()
+    def a_suspended_job_holds_nothing(self) -> None:
+        current = self.status.observed_generation == self.world.job["metadata"]["generation"]
+        if current and is_true(self.status.conditions, ConditionType.SUSPENDED):
+            assert not self.world.live_attempts()
+            assert self.status.attempt == 0 or self.status.attempts[-1].outcome != "Active"
+
+    @invariant()
+    def what_has_expired_was_finished(self) -> None:
+        assert self.finished or not self.world.expired
+
+    @invariant()
     def an_end_is_final(self) -> None:
         finished = is_true(self.status.conditions, ConditionType.FINISHED)
         assert finished or not self.finished
@@ -340,20 +415,36 @@ class Histories(RuleBasedStateMachine):
                 assert known == attempt.outcome
 
         failed = sum(outcome == "Failed" for outcome in self.ended_by.values())
-        given_up = is_true(self.status.conditions, ConditionType.FAILED)
-        assert self.status.restarts.failures == failed - (1 if given_up and failed else 0)
+        last = self.status.attempts[-1].outcome if self.status.attempts else ""
+        why = find(self.status.conditions, ConditionType.FAILED)
+        given_up = why is not None and why.status == "True" and why.reason != Reason.CANCELLED
+        assert self.status.restarts.failures == failed - (given_up and last == "Failed")
         assert self.status.restarts.failures <= 2
+        unfit = sum(outcome == "Unfit" for outcome in self.ended_by.values())
+        assert self.status.restarts.preflights == unfit - (given_up and last == "Unfit")
+        assert self.status.restarts.preflights <= 1
         disrupted = sum(outcome == "Disrupted" for outcome in self.ended_by.values())
         assert self.status.restarts.disruptions == disrupted
 
     @invariant()
     def an_end_has_its_reason(self) -> None:
         failed = find(self.status.conditions, ConditionType.FAILED)
-        if failed is not None and failed.status == "True":
-            cause = self.status.attempts[-1].failure
-            assert cause is not None
-            permanent = cause.exit_code in PERMANENT
-            assert failed.reason == ("PermanentFailure" if permanent else "RestartsExhausted")
+        if failed is None or failed.status != "True":
+            return
+        if failed.reason == Reason.CANCELLED:
+            assert self.world.job["spec"]["runPolicy"]["cancel"]
+            return
+        cause = self.status.attempts[-1].failure
+        assert cause is not None
+        own = {reason.value for reason in _OF_TIME} & {cause.reason}
+        if cause.exit_code in PERMANENT:
+            assert failed.reason == Reason.PERMANENT_FAILURE
+        elif own:
+            assert failed.reason == cause.reason
+        elif self.status.attempts[-1].outcome == "Unfit":
+            assert failed.reason == Reason.PREFLIGHT_RESTARTS_EXHAUSTED
+        else:
+            assert failed.reason == Reason.RESTARTS_EXHAUSTED
 
 
 def test_histories() -> None:

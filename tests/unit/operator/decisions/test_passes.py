@@ -140,14 +140,15 @@ class TestStarting:
         assert (story.status.phase, story.running) == ("Pending", Reason.QUEUED)
 
     def test_a_queue_takes_it_back_and_admits_it_again(self) -> None:
-        """Neither spends an attempt, nor time before the deadline."""
+        """Neither spends an attempt, nor does the time in the queue count towards the deadline;
+        the time before does."""
         story = started(make_job().spec("runPolicy.activeDeadlineSeconds", 50))
         story.look(make_gang().started(10), make_pod().running(), parts=(1,), seconds=20)
         story.look(make_gang().queued(), parts=(1,), seconds=30)
         assert story.status.attempt_started_at is None
         story.look(make_gang().started(900), make_pod().running(), parts=(1,), seconds=910)
         assert (story.status.phase, story.status.attempt) == ("Running", 1)
-        assert story.again_in == 40
+        assert (story.status.active_seconds, story.again_in) == (20, 20)
 
     def test_all_pods_run(self) -> None:
         story = started(make_job().nodes(2))
@@ -308,6 +309,16 @@ class TestFailure:
         assert actions[0] == Delete("Job", "demo-a1", "gang-1")
         assert kinds(actions[1:]) == START
 
+    def test_what_this_operator_cannot_read_runs_on_and_is_not_started_again(self) -> None:
+        """Stored by another version, whose schema was different."""
+        story = started()
+        story.job.spec("algorithm.epochs", 0)
+        gang = make_gang().started()
+        assert story.look(gang, make_pod().running(), parts=(1,), seconds=50) == []
+        story.look(failed_gang(), make_pod().failed(1), seconds=100)
+        assert story.reason(ConditionType.FAILED) == Reason.SPEC_INVALID
+        assert "spec.algorithm.epochs" in story.message(ConditionType.FAILED)
+
 
 class TestSuspension:
     def test_stops_the_gang_and_says_so_when_it_is_done(self) -> None:
@@ -352,6 +363,16 @@ class TestSuspension:
         story.job.suspended()
         assert story.look(failed_gang(), make_pod().failed(1), seconds=500) == []
         assert story.status.phase == "Suspended"
+
+    def test_does_not_wait_for_ever_for_a_lost_node(self) -> None:
+        story = started()
+        story.job.suspended()
+        gang, lost = make_gang().started().deleting(), make_pod().running().deleting(170)
+        late = 170 + SETTINGS.timing.lost_node
+        story.look(gang, lost, seconds=late - 1)
+        assert (story.phase, story.running) == ("Suspending", Reason.SUSPENDING)
+        story.look(gang, lost, seconds=late)
+        assert (story.phase, story.running) == ("Suspended", Reason.SUSPENDED_BY_USER)
 
 
 class TestTime:

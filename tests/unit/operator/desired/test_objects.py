@@ -175,7 +175,9 @@ class TestRendezvous:
         host = f"{job['metadata']['name']}-0.{template['spec']['subdomain']}.team.svc"
         assert environment()[naming.ENV_MASTER_ADDR] == host
         assert service["metadata"]["name"] == template["spec"]["subdomain"]
-        assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+        labels = template["metadata"]["labels"] | {naming.POD_INDEX: "0"}  # rank 0's
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert service["spec"]["selector"][naming.POD_INDEX] == "0"
         assert service["spec"]["clusterIP"] == "None"
         assert service["spec"]["publishNotReadyAddresses"] is True
 
