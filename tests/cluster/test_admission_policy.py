@@ -36,6 +36,7 @@ def policed(bare_server: Bare) -> Iterator[Kubectl]:
     yield admin
     for one in reversed(policy):
         admin.run("delete", one["kind"], one["metadata"]["name"])
+    admin.run("delete", naming.PLURAL, "old", "-n", POLICED)
 
 
 def manifest(name: str, fields: dict[str, Any], namespace: str = POLICED) -> str:
@@ -75,6 +76,10 @@ SERVERS = {"reward": "digit", "replicas": 9, "device": "cuda"}
         ({"runPolicy.queue": None}, "spec.runPolicy.queue is missing"),
         ({"compute.gpusPerProcess": 16}, ""),
         ({"compute.gpusPerProcess": 17}, "asks for 17 GPUs, and 16 are allowed"),
+        (
+            {"compute.extendedResources": {"amd.com/gpu": 9}, "compute.gpusPerProcess": 8},
+            "asks for 17 GPUs, and 16 are allowed",
+        ),
         (
             {"rewards": [SERVED], "compute.rewardPods": [SERVERS], "compute.gpusPerProcess": 8},
             "asks for 17 GPUs, and 16 are allowed",

@@ -188,7 +188,8 @@ def training(tempflow: Laptop) -> bool:
     told = json.loads(tempflow("status", "digits", "-o", "json", "-n", tempflow.namespace))
     status = told["status"]
     phases = {status["phase"], *(pod["status"]["phase"] for pod in pods)}
-    return phases == {"Running"} and status.get("progress", {}).get("epoch", 0) < EPOCHS
+    running = len(pods) == 2 and phases == {"Running"}
+    return running and status.get("progress", {}).get("epoch", 0) < EPOCHS
 
 
 def read_inside(admin: Kubectl, namespace: str) -> None:
