@@ -165,7 +165,7 @@ def require_trainer(modules: Sequence[str] = _TRAINER_NEEDS) -> None:
     if missing:
         raise Refused(
             f"training needs {', '.join(missing)}, not installed here: "
-            "pip install 'tempflow[trainer]'"
+            "pip install '.[trainer]' in the project's folder"
         )
 
 

@@ -291,7 +291,10 @@ class TestRun:
         done = shell("run", "job.yaml")
         assert (done.returncode, done.stderr) == (
             2,
-            "error: training needs torch, not installed here: pip install 'tempflow[trainer]'\n",
+            (
+                "error: training needs torch, not installed here: "
+                "pip install '.[trainer]' in the project's folder\n"
+            ),
         )
         assert not (shell.folder / "runs").exists()
 

@@ -362,7 +362,8 @@ class TestRefusals:
         with pytest.raises(Refused) as caught:
             local.require_trainer(["json", "no_such_module"])
         assert str(caught.value) == (
-            "training needs no_such_module, not installed here: pip install 'tempflow[trainer]'"
+            "training needs no_such_module, not installed here: pip install '.[trainer]' in the "
+            "project's folder"
         )
 
     def test_fresh_refuses_an_earlier_run(self, manifest: Manifest, runs: Path) -> None:
