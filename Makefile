@@ -9,8 +9,10 @@ COMPILE := $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --gen
 export OMP_NUM_THREADS ?= 1
 # A GPU that is there and does not work is an error, not a reason to skip its tests.
 GPU := $(wildcard /dev/nvidia0)
+# The helm of the chart's tests is a program for this platform.
+HELM := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
-.PHONY: help setup demo test test-faults test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
+.PHONY: help setup demo test mutants test-faults test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -33,10 +35,14 @@ demo: setup ## Train the digits model, a minute or two, and draw with the result
 
 test: setup ## The tests that need nothing but Python packages
 	@$(if $(GPU),:,echo "left out: the tests marked gpu, as this machine has no /dev/nvidia0")
-	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not cluster$(if $(GPU),, and not gpu)"
+	@$(if $(HELM),:,echo "left out: the tests marked helm, as this is not Linux on x86-64")
+	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not cluster$(if $(GPU),, and not gpu)$(if $(HELM),, and not helm)"
 
 test-gpu: setup ## One real step of every family on a GPU; fails without one
 	$(RUN) tests/budget.py --name gpu --minutes 5 -- $(RUN) -m pytest -q -m gpu tests/gpu
+
+mutants: setup ## Mistakes in the mathematics, one at a time: each has its test, which must fail
+	$(RUN) -m tests.numerics.mutants "$(NAME)"
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
 	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m faults tests/faults

@@ -53,6 +53,11 @@ QUICK = Scale(
 )
 
 
+def benchmark_of(scale: Scale) -> Benchmark:
+    """On the results that its file has."""
+    return Benchmark(scale, Results(Path(scale.results)), digits_run.model_digest())
+
+
 def main() -> None:
     """Parse the command line, run what is missing, report."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
@@ -64,7 +69,7 @@ def main() -> None:
     scale = QUICK if arguments.quick else FULL
     if arguments.seeds:
         scale = replace(scale, seeds=tuple(range(1, arguments.seeds + 1)))
-    benchmark = Benchmark(scale, Results(Path(scale.results)), digits_run.model_digest())
+    benchmark = benchmark_of(scale)
     if not arguments.report:
         tuning = benchmark.tuning_tasks()  # times the epochs, before the others work
         with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:

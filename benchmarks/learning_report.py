@@ -23,15 +23,15 @@ MEASURES = {
 COLOURS = ("#c0392b", "#e67e22", "#8e44ad", "#16a085", "#2980b9", "#2c3e50", "#95a5a6")
 
 
+def tables(benchmark: Benchmark) -> str:
+    """All tables, as they stand in the document."""
+    parts = [_costs(benchmark), *(_comparison(benchmark, budget) for budget in BUDGETS)]
+    return "\n".join([*parts, _grid(benchmark)])
+
+
 def write(benchmark: Benchmark) -> None:
     """Print the tables, put them into the document, and draw the plot."""
-    text = "\n".join(
-        [
-            _costs(benchmark),
-            *(_comparison(benchmark, budget) for budget in BUDGETS),
-            _grid(benchmark),
-        ]
-    )
+    text = tables(benchmark)
     print(text)
     _draw(benchmark)
     if benchmark.scale.document is not None:

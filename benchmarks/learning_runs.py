@@ -1,5 +1,6 @@
 """The runs of `benchmarks/learning.py`: which there are, one in a process, and their file."""
 
+import functools
 import hashlib
 import json
 import math
@@ -59,9 +60,13 @@ class Task:
     """Digest of the model that the benchmark began with."""
 
     @property
+    @functools.cache  # noqa: B019 - some dozens of tasks, each asked for thousands of times
     def key(self) -> str:
-        """Names the task and everything that decides its result."""
-        run_spec = spec_of(self).model_dump_json()
+        """Names the task and what the benchmark itself sets.
+
+        Not the whole specification: a field that the API gets later would rename every result.
+        """
+        run_spec = spec_of(self).model_dump_json(exclude_unset=True)
         text = json.dumps([run_spec, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

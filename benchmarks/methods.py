@@ -40,7 +40,7 @@ class Method:
     """Rewards are compared within a start noise, not within a prompt. Without branching the
     trajectories of a group then have their start noise in common."""
     shuffled: bool = False
-    """The control: every draw gets the reward of another draw of its group."""
+    """The control: the rewards of a group are dealt to its draws at random; some keep their own."""
 
     def algorithm(self, epoch: Epoch, seed: int) -> Algorithm:
         """The settings of the product; one update an epoch, so the clip range is never reached."""

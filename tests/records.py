@@ -79,6 +79,7 @@ def make_self_test() -> SelfTest:
         tensors_changed=12,
         reward=None,
         rollout_difference=0.0,
+        full_call_difference=0.0,
         one_row_difference=1e-7,
         bound=1e-4,
     )

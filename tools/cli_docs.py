@@ -21,8 +21,8 @@ _HEAD = """# The command line
 Made from the command line itself by `tools/cli_docs.py`; `tempflow VERB --help` shows the same.
 Exit codes, and what to do about each, are in [Run a job on this machine](run.md#exit-codes).
 
-- `run` and `sample` need the trainer here (`pip install 'tempflow[trainer]'`); verbs with
-  `--context` need a cluster; the others need nothing.
+- `run` and `sample` need the trainer here (`pip install '.[trainer]'` in the project's folder);
+  verbs with `--context` need a cluster; the others need nothing.
 - Results go to standard output, everything else to standard error. With `-o json` or `-o yaml` the
   result is the object itself, for `jq` and `kubectl`.
 - A cluster is found as kubectl finds it: `--kubeconfig`, `KUBECONFIG`, `~/.kube/config`, and inside

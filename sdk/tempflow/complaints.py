@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 
 from tempflow.fields import field_at, homes_of, in_words, names_at
 from tempflow.yaml_source import Path, Spot
+from tempflow_api.base import Section
 
 _PATTERNS = {
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": (
@@ -58,6 +59,7 @@ _LENGTHS = {
 _INTEGRAL = re.compile(r"^[-+]?[0-9]+$")
 _NUMBER = re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
 _LONGEST_SHOWN = 60
+_MOST_SHOWN = 8
 
 
 def complaint(error: ErrorDetails, path: Path, spot: Spot) -> str:
@@ -89,6 +91,22 @@ def complaint(error: ErrorDetails, path: Path, spot: Spot) -> str:
         words, bound = _LENGTHS[kind]
         return f"has {_length(given)}: expects {words} {context[bound]}"
     return f"got {shown(given)}: {error['msg']}"
+
+
+def named_value(name: str, value: object, spot: Spot | None) -> str:
+    """A field and what it holds: its value, its entries, or that there is none."""
+    if value is None:
+        return f"no {name}"
+    if isinstance(value, Section):
+        return name
+    if isinstance(value, (list, dict)):
+        return f"{name} [{cut_short([shown(entry) for entry in value])}]"
+    return f"{name} {shown(value, spot)}"
+
+
+def cut_short(words: Sequence[str]) -> str:
+    """The first of them; dots stand for the others."""
+    return ", ".join([*words[:_MOST_SHOWN], *(["..."] if len(words) > _MOST_SHOWN else [])])
 
 
 def nearest(name: str, valid: Sequence[str], cutoff: float = 0.6) -> str:

@@ -53,7 +53,7 @@ def lines(found: Explanation) -> Iterator[str]:
     for step in found.schedule:
         weight = f"{step.weight:7.3f}" if step.branched else "      -"
         yield f"{step.step:4d} {step.sigma:7.4f} {step.dt:7.4f} {step.noise_std:7.4f} {weight}"
-    yield f"weights are noise x {found.weight_normaliser:.4f}"
+    yield _weights(found)
     yield ""
     yield (
         f"An epoch: {groups.prompts} prompts x {groups.seeds} start noises x {groups.steps} steps "
@@ -83,6 +83,13 @@ def lines(found: Explanation) -> Iterator[str]:
             f"{seconds.scoring:.3g}, update {seconds.update:.3g}; text encoders and rewards come "
             "on top"
         )
+
+
+def _weights(found: Explanation) -> str:
+    if found.weighting == "none":
+        return "weights are 1 at every branch step"
+    raw = "noise" if found.weighting == "noise-aware" else "1 / |dt|"
+    return f"weights are {raw} x {found.weight_normaliser:.4f}"
 
 
 def _costs(found: Explanation) -> Iterator[str]:

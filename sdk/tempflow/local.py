@@ -165,7 +165,7 @@ def require_trainer(modules: Sequence[str] = _TRAINER_NEEDS) -> None:
     if missing:
         raise Refused(
             f"training needs {', '.join(missing)}, not installed here: "
-            "pip install 'tempflow[trainer]'"
+            "pip install '.[trainer]' in the project's folder"
         )
 
 
@@ -283,18 +283,28 @@ def _outcome(
     problem: str | None = None
     if killed or (stopped and requests.interrupts):
         code = ExitCode.INTERRUPTED
-    elif not stopped and code not in (ExitCode.DONE, ExitCode.PREEMPTED):
-        problem = _last_error(log, log_start) or _unexplained(returncode)
+    elif code not in (ExitCode.DONE, ExitCode.PREEMPTED):
+        problem = _last_error(log, log_start)
+        if problem is None and not stopped:
+            problem = _unexplained(returncode, folder)
     summary = Record(folder).summary() if code == ExitCode.DONE else None
     return Outcome(int(code), folder, summary, problem, log)
 
 
-def _unexplained(returncode: int) -> str:
+def _unexplained(returncode: int, folder: Path) -> str:
     if returncode == -signal.SIGKILL:
         return "the trainer was killed (SIGKILL); most often, memory ran out"
     if returncode < 0:
         return f"the trainer was ended by {signal.Signals(-returncode).name}"
-    return f"the trainer failed with exit code {returncode}"
+    # Late: the meanings come with the whole contract, and only this needs them.
+    from tempflow_api.reference import EXIT_MEANINGS
+
+    said = f"the trainer failed with exit code {returncode}"
+    meaning = {int(code): words for code, words in EXIT_MEANINGS.items()}.get(returncode)
+    if meaning is None:
+        return said
+    # A code of its own comes with a line in the log, unless that could not be written.
+    return f"{said} ({meaning}) and could not log why: is the disk of {folder} full?"
 
 
 def _last_error(log: Path, start: int) -> str | None:

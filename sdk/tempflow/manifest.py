@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tempflow.complaints import complaint
+from tempflow.complaints import complaint, cut_short, named_value
+from tempflow.involved import involved
 from tempflow.yaml_source import Path as FieldPath
 from tempflow.yaml_source import Source, override, parse, spell
 from tempflow_api.errors import ManifestInvalid, Problem
@@ -104,14 +105,23 @@ def _validate(source: Source, data: dict[str, object]) -> TempFlowGRPOJob | None
         if spell(path) not in known:
             source.complain(path, complaint(error, path, spot) + _origin(source, path))
     wrong = {error["loc"][1] for error in errors if len(error["loc"]) > 1}
-    for rule in _broken(data.get("spec"), wrong):
-        path = _split(rule.path)
-        source.complain(path, rule.message + _origin(source, path))
+    for rule, spec in _broken(data.get("spec"), wrong):
+        source.complain(_split(rule.path), f"{rule.message}; got {_values(rule, spec, source)}")
     return job
 
 
-def _broken(spec: object, wrong: set[int | str]) -> list[Rule]:
-    """The rules that ``spec`` breaks, as far as its valid sections tell.
+def _values(rule: Rule, spec: JobSpec, source: Source) -> str:
+    """What the fields of a rule hold, named as seen from the field at which it is shown."""
+    home = rule.path.rpartition(".")[0]
+    shown = []
+    for path, value in involved(rule, spec).items():
+        name = spell(path).removeprefix(f"{home}.").removeprefix("spec.")
+        shown.append(named_value(name, value, source.spots.get(path)) + _origin(source, path))
+    return cut_short(shown)
+
+
+def _broken(spec: object, wrong: set[int | str]) -> list[tuple[Rule, JobSpec]]:
+    """The rules that ``spec`` breaks, as far as its valid sections tell, which come with them.
 
     A rule is judged only if every section that it reads is valid, so that one mistake does not
     bring a second message about what was meant.
@@ -130,7 +140,8 @@ def _broken(spec: object, wrong: set[int | str]) -> list[Rule]:
         else:
             sections[name] = info.get_default(call_default_factory=True)
     partial = JobSpec.model_construct(**sections)
-    return [rule for rule in RULES if not _reads(rule) & wrong and not rule.holds(partial)]
+    judged = (rule for rule in RULES if not _reads(rule) & wrong)
+    return [(rule, partial) for rule in judged if not rule.holds(partial)]
 
 
 def _reads(rule: Rule) -> set[str]:

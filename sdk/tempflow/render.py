@@ -174,9 +174,9 @@ def summary_lines(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> list[
     spent = ", ".join(f"{phase} {duration(getattr(seconds, phase))}" for phase in phases)
     rows += [
         ("work", f"{summary.evaluations:,} network evaluations, {summary.images:,} images scored"),
-        ("time", f"{duration(seconds.total)}: {spent}"),
+        ("time", f"{duration(seconds.total)} in phases: {spent}"),
     ]
-    rows.append(("peak memory", size(summary.peak_memory_bytes)))
+    rows.append(("peak memory", f"{size(summary.peak_memory_bytes)}, of the first process"))
     rows.append(("result", summary.result))
     if (folder / layout.GRIDS).is_dir():
         rows.append(("pictures", str(folder / layout.GRIDS)))

@@ -18,12 +18,13 @@ def sample(
     seed: int,
     out: Path,
     base: bool,
+    device: str | None = None,
     command: Sequence[str] = SAMPLER,
 ) -> int:
     """Draw ``count`` images a prompt into the picture ``out``; the sampler's exit code.
 
     ``source`` is the folder of a run, of a checkpoint or of a result. With ``base`` the model as
-    it was before training draws from the same noise.
+    it was before training draws from the same noise; ``device`` replaces that of the run.
     """
     if source.parts[:1] == ("s3:",):  # a path has lost one of the slashes
         uri = f"s3://{'/'.join(source.parts[1:])}"
@@ -35,5 +36,5 @@ def sample(
     # As one word each: a prompt may begin with a dash.
     arguments = [f"--from={source}", *(f"--prompt={prompt}" for prompt in prompts)]
     arguments += [f"--count={count}", f"--seed={seed}", f"--out={out}"]
-    arguments += ["--base"] if base else []
+    arguments += [*(["--base"] if base else []), *([f"--device={device}"] if device else [])]
     return subprocess.run([*command, *arguments], check=False).returncode

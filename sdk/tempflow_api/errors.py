@@ -15,7 +15,7 @@ TempFlowError
  ├─ PreflightFailed      a check before training found the pod unfit
  ├─ SelfTestFailed       the model does not do what the loss takes for granted
  ├─ TrainingCollapsed    the guard was told to stop, or has rolled back often enough
- └─ Preempted            asked to stop; the state is committed
+ └─ Preempted            asked to stop; the message says what is committed
 
 The SDK's errors about a cluster are in ``tempflow.cluster.errors``.
 """
@@ -78,8 +78,11 @@ PERMANENT = frozenset(
 """Codes after which a further attempt would end the same way."""
 
 
-ASKED_TO_STOP = frozenset({int(ExitCode.PREEMPTED), 128 + 15})
-"""What is left of a trainer that was asked to stop, in time and not (SIGTERM). When one rank fails,
+NOT_IN_TIME = 128 + 15
+"""Of a trainer that was asked to stop (SIGTERM) and had to be killed. It is no ExitCode: a shell
+gives it to whatever SIGTERM ends."""
+ASKED_TO_STOP = frozenset({int(ExitCode.PREEMPTED), NOT_IN_TIME})
+"""What is left of a trainer that was asked to stop, in time and not. When one rank fails,
 the others are asked too, so this is evidence only where there is no other."""
 
 

@@ -18,6 +18,7 @@ class ScheduleStep(_Part):
     sigma: float
     """Noise level before the step; 1 is noise."""
     sigma_next: float
+    """Where the step leads, also if it jumps over others (``algorithm.mergeBelow``)."""
     dt: float
     """``sigma_next - sigma``, negative."""
     noise_std: float
@@ -152,8 +153,10 @@ class Explanation(_Part):
     """Of the network."""
     trained_parameters: int
     schedule: list[ScheduleStep]
+    weighting: str
+    """What ``weight_raw`` is: the noise (``noise-aware``), 1 / |dt| (``guard``) or 1 (``none``)."""
     weight_normaliser: float
-    """1 / mean of the noise over the branch steps; 1 with weighting ``none``."""
+    """1 / mean of ``weight_raw`` over the branch steps."""
     groups: Groups
     evaluations: Evaluations
     images_scored: int

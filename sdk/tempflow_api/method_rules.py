@@ -1,5 +1,6 @@
 """Rules about the method: which steps, draws, weights and guidance mean something together."""
 
+from tempflow_api.method import Advantage, BranchSet, Tail
 from tempflow_api.rule import Rule
 from tempflow_api.v1alpha1 import JobSpec
 
@@ -38,6 +39,14 @@ def _guidance_to_stop_the_gradient_of(spec: JobSpec) -> bool:
     return spec.algorithm.guidance_gradient == "both" or guided
 
 
+def _tail_to_solve(spec: JobSpec) -> bool:
+    """Nothing is left where all steps but the last are stochastic in one trajectory."""
+    whole = _whole_flow_grpo(spec) and not spec.algorithm.branch_steps
+    return not whole or spec.sampling.tail == Tail()
+
+
+_COUNT, _EVERY_EPOCHS = BranchSet().count, BranchSet().every_epochs
+_EPSILON = Advantage().epsilon
 _WHOLE_FLOW_GRPO = (
     "(self.algorithm.method == 'flow-grpo' && self.algorithm.branchSet.choose == 'all')"
 )
@@ -63,6 +72,49 @@ METHOD_RULES: tuple[Rule, ...] = (
         ": self.sampling.steps - 1)",
         "is at most the number of candidates: those of branchSteps, or sampling.steps - 1",
         _enough_candidates,
+    ),
+    # A value that would do nothing. One that is the default cannot be told from one left out.
+    Rule(
+        "spec.algorithm.branchSet.count",
+        f"self.algorithm.branchSet.choose != 'all' || self.algorithm.branchSet.count == {_COUNT}",
+        "is left out with choose: all, which takes every candidate",
+        lambda spec: (
+            spec.algorithm.branch_set.choose != "all" or spec.algorithm.branch_set.count == _COUNT
+        ),
+    ),
+    Rule(
+        "spec.algorithm.branchSet.everyEpochs",
+        "self.algorithm.branchSet.choose == 'sliding' || "
+        f"self.algorithm.branchSet.everyEpochs == {_EVERY_EPOCHS}",
+        "is left out unless choose is sliding: no other set moves on after so many epochs",
+        lambda spec: (
+            spec.algorithm.branch_set.choose == "sliding"
+            or spec.algorithm.branch_set.every_epochs == _EVERY_EPOCHS
+        ),
+    ),
+    Rule(
+        "spec.algorithm.advantage.epsilon",
+        "self.algorithm.advantage.deviation != 'none' || "
+        f"self.algorithm.advantage.epsilon == {_EPSILON}",
+        "is left out with deviation none: there is no deviation to add it to",
+        lambda spec: (
+            spec.algorithm.advantage.deviation != "none"
+            or spec.algorithm.advantage.epsilon == _EPSILON
+        ),
+    ),
+    Rule(
+        "spec.algorithm.klForm",
+        "self.algorithm.klCoefficient > 0.0 || self.algorithm.klForm == 'exact'",
+        "is left out where klCoefficient is 0: no divergence is computed then",
+        lambda spec: spec.algorithm.kl_coefficient > 0 or spec.algorithm.kl_form == "exact",
+    ),
+    Rule(
+        "spec.sampling.tail",
+        f"!{_WHOLE_FLOW_GRPO} || size(self.algorithm.branchSteps) > 0 || "
+        "(self.sampling.tail.solver == 'euler' && "
+        f"self.sampling.tail.steps == {Tail().steps})",
+        "is left out where flow-grpo draws at all steps: one step is left after the last of them",
+        _tail_to_solve,
     ),
     Rule(
         "spec.algorithm.branchesPerSeed",
@@ -108,7 +160,8 @@ METHOD_RULES: tuple[Rule, ...] = (
     Rule(
         "spec.algorithm.mergeBelow",
         "self.algorithm.mergeBelow == 0.0 || self.algorithm.mergeBelow < self.sampling.noiseLevel",
-        "is less than sampling.noiseLevel, the most that the first step can add",
+        "is less than sampling.noiseLevel, which the first step adds with sde flow and no step "
+        "reaches with dance",
         lambda spec: (
             spec.algorithm.merge_below == 0
             or spec.algorithm.merge_below < spec.sampling.noise_level

@@ -107,8 +107,11 @@ class SelfTest(Observed):
     """Of those with gradient, by one optimizer step."""
     reward: float | None
     """Of the one image that was drawn; None where a score that is not required is missing."""
-    rollout_difference: float
-    """Most that a log-probability differs between the rollout's calls and the update's."""
+    rollout_difference: float | None
+    """Most that the log-probability of a draw differs between the rollout that made it and the
+    update's forward in calls of the same size; None where they are guided differently."""
+    full_call_difference: float
+    """Most that it differs between the update's calls and some as full as the rollout's."""
     one_row_difference: float
     """Most that it differs in a call of its own."""
     bound: float

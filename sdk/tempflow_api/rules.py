@@ -6,6 +6,7 @@ A test runs both over the same table of manifests. Those about the method alone 
 
 import re
 from enum import StrEnum
+from operator import attrgetter
 
 from tempflow_api.method_rules import METHOD_RULES
 from tempflow_api.pods import Volume
@@ -68,18 +69,39 @@ def _equal_shares(spec: JobSpec) -> bool:
     return not sharded or groups % (compute.nodes * compute.processes_per_node) == 0
 
 
-def _evaluation_size_fits(spec: JobSpec) -> bool:
-    digits = spec.model.family == "digits"
-    sizes = (spec.evaluation.width, spec.evaluation.height)
-    return all(size is None or (size == 14 if digits else size % 16 == 0) for size in sizes)
+def _digits(spec: JobSpec) -> bool:
+    return spec.model.family == "digits"
 
 
-_SIZE_OF_EVALUATION = " && ".join(
-    f"(!has(self.evaluation.{side}) || (self.model.family == 'digits' "
-    f"? self.evaluation.{side} == 14 : self.evaluation.{side} % 16 == 0))"
-    for side in ("width", "height")
-)
-_DIVISIBLE = "self.sampling.width % 16 == 0 && self.sampling.height % 16 == 0"
+def _size_rules(side: str) -> tuple[Rule, ...]:
+    """What ``side``, width or height, may be; a rule a side, so that it names the wrong one."""
+    size, evaluated = f"self.sampling.{side}", f"self.evaluation.{side}"
+    get, get_evaluated = attrgetter(f"sampling.{side}"), attrgetter(f"evaluation.{side}")
+    return (
+        Rule(
+            f"spec.sampling.{side}",
+            f"self.model.family == 'digits' || {size} % 16 == 0",
+            "is a multiple of 16 for this family",
+            lambda spec: _digits(spec) or get(spec) % 16 == 0,
+        ),
+        Rule(
+            f"spec.sampling.{side}",
+            f"self.model.family != 'digits' || {size} == 14",
+            "is 14 for the digits family, which draws 14 x 14 pixels",
+            lambda spec: not _digits(spec) or get(spec) == 14,
+        ),
+        Rule(
+            f"spec.evaluation.{side}",
+            f"!has({evaluated}) || (self.model.family == 'digits' "
+            f"? {evaluated} == 14 : {evaluated} % 16 == 0)",
+            "is what the family can draw: 14 for digits, a multiple of 16 for the others",
+            lambda spec: (
+                get_evaluated(spec) is None
+                or (get_evaluated(spec) == 14 if _digits(spec) else get_evaluated(spec) % 16 == 0)
+            ),
+        ),
+    )
+
 
 # All scopes are the spec: the API server's cost estimate stays far below its limit, and a rule
 # that later needs one more field does not have to move.
@@ -126,32 +148,8 @@ RULES: tuple[Rule, ...] = (
             or re.fullmatch("[-._a-zA-Z0-9]+", spec.data.prompts_file or "") is not None
         ),
     ),
-    Rule(
-        "spec.sampling.width",
-        f"self.model.family == 'digits' || ({_DIVISIBLE})",
-        "width and height are multiples of 16 for this family",
-        lambda spec: (
-            spec.model.family == "digits"
-            or (spec.sampling.width % 16 == 0 and spec.sampling.height % 16 == 0)
-        ),
-    ),
-    Rule(
-        "spec.sampling.width",
-        "self.model.family != 'digits' || "
-        "(self.sampling.width == 14 && self.sampling.height == 14)",
-        "the digits family draws 14 x 14 pixels: set width and height to 14",
-        lambda spec: (
-            spec.model.family != "digits"
-            or (spec.sampling.width == 14 and spec.sampling.height == 14)
-        ),
-    ),
-    Rule(
-        "spec.evaluation.width",
-        _SIZE_OF_EVALUATION,
-        "width and height of an evaluation are those that the family can draw: 14 x 14 for digits, "
-        "multiples of 16 for the others",
-        _evaluation_size_fits,
-    ),
+    *_size_rules("width"),
+    *_size_rules("height"),
     *METHOD_RULES,
     Rule(
         "spec.algorithm.updatesPerEpoch",

@@ -210,17 +210,21 @@ class Evaluation(Section):
     prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
     """At most so many of the prompts, from the top of the list."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Drawn of each prompt, from noises that stay the same. Diversity needs two; with more, reward
+    and diversity are less a matter of chance."""
 
 
 class SelfTest(Section):
     """A test of model, precision and shapes before the first epoch; it changes nothing."""
 
     enabled: bool = True
-    """It costs a trajectory and a few calls of the network."""
+    """It costs two trajectories and a few calls of the network."""
     log_prob_tolerance: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """Most that a log-probability may depend on how many rows a call has, as a share of
-    ``algorithm.clipRange``. At a tenth the clip still means what it says; beyond that the run
-    does not start."""
+    """Most that a log-probability may differ between rollout and update, and with the number of
+    rows in a call, as a share of ``algorithm.clipRange``; beyond that the run does not start. A
+    tenth is for float32. Half precision rounds calls of different sizes differently, by as much as
+    the clip range; no ratio has that in it, as both its sides come from the update's own calls,
+    and a real fault is a hundred times larger. Ten leaves room for the one and finds the other."""
 
 
 class Guard(Section):

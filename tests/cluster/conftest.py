@@ -126,7 +126,7 @@ def images(cluster: Target, say: Say) -> ProjectImages:
 def release(cluster: Target, images: ProjectImages, say: Say) -> Iterator[Release]:
     """The chart, installed with images built from this working copy."""
     release = Release(cluster)
-    release.install(images)
+    release.install(images, *scenario.IMPATIENT)
     say("chart installed")
     yield release
     release.save_logs(cluster.our_own().state.logs)

@@ -34,6 +34,10 @@ EPOCHS = 18
 COMMIT_EVERY = 3
 # Instead of 120: a test waits for all of it.
 LOST_NODE_SECONDS = 10
+IMPATIENT = (
+    *("--set", "extraEnv[0].name=TEMPFLOW_LOST_NODE_SECONDS"),
+    *("--set-string", f"extraEnv[0].value={LOST_NODE_SECONDS}"),
+)
 SMALL = {
     "spec.algorithm.epochs": EPOCHS,
     "spec.algorithm.seedsPerPrompt": 1,
@@ -63,8 +67,6 @@ class Release:
             *("--set", f"image.repository={images.operator_repository}"),
             *("--set", f"image.tag={images.tag}"),
             *("--set", f"trainerImage={images.trainer}"),
-            *("--set", "extraEnv[0].name=TEMPFLOW_LOST_NODE_SECONDS"),
-            *("--set-string", f"extraEnv[0].value={LOST_NODE_SECONDS}"),
             *more,
         )
         self._rolled_out()

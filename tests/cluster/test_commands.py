@@ -145,6 +145,18 @@ class TestSubmit:
         assert done.out == "default/never: would be accepted\n"
         assert shell("status", "never").code == ExitCode.NOT_FOUND
 
+    def test_a_dry_run_shows_the_prompts_that_would_go_along(self, shell: Shell) -> None:
+        Path("prompts.txt").write_text("a three\n")
+        raw = yaml.safe_load(Path(EXAMPLE).read_text())
+        raw["spec"]["data"] = {"promptsFile": "prompts.txt"}
+        Path("job.yaml").write_text(yaml.safe_dump(raw))
+        done = shell("submit", "job.yaml", *STORE, "--dry-run=client")
+        assert done.err == ""
+        prompts, job = yaml.safe_load_all(done.out)
+        assert prompts["kind"] == "ConfigMap"
+        assert prompts["data"] == {job["spec"]["data"]["promptsFile"]: "a three\n"}
+        assert prompts["metadata"]["name"] == job["spec"]["data"]["promptsConfigMap"]
+
     def test_wait_tells_the_end(self, shell: Shell, api: ApiServer) -> None:
         threading.Timer(1, lambda: set_status(api, "w1", SUCCEEDED)).start()
         done = shell("submit", EXAMPLE, *STORE, "--set", "metadata.name=w1", "--wait")
@@ -179,6 +191,25 @@ class TestSubmit:
         assert done.code == 0
         assert done.out == "w3\nepoch 1\nepoch 2\n"
         assert "w3: Succeeded" in done.err
+
+    def test_follow_ends_with_the_patience_of_its_user(
+        self, shell: Shell, api: ApiServer, client: Client
+    ) -> None:
+        kubelet = Kubelet(*api.certificate())
+        add_node(api, kubelet)
+
+        def begin() -> None:
+            time.sleep(1)
+            add_pod(api, kubelet, "w4", client.get("w4").uid)[1].write(1, "epoch 1")
+
+        threading.Thread(target=begin).start()
+        done = shell(
+            *("submit", EXAMPLE, *STORE, "--set", "metadata.name=w4", "-o", "name"),
+            *("--set", "spec.compute.nodes=1", "--follow", "--timeout", "4s"),
+        )
+        kubelet.close()
+        assert (done.code, done.out) == (ExitCode.TIMEOUT, "w4\nepoch 1\n")
+        assert "the log goes on after 4 s" in done.err
 
 
 RUNNING = status(

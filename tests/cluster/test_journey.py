@@ -1,6 +1,7 @@
 """The whole way as its two people go it: the administrator's helm, and a user's commands.
 
-The user has nothing but the chart's roles in one namespace, and no kubectl.
+The user types no kubectl, and has nothing but the chart's edit role in one namespace; what needs
+its role for reading inside comes last, after that was bound.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from tests.cluster.s3 import S3Server
 from tests.cluster.scenario import BUCKET, DEFINITION, SECRET, SYSTEM, Release
 from tests.cluster.target import Target
 from tests.cluster.waiting import Say, wait_for
+from tests.drawn_digits import share_found
 
 pytestmark = pytest.mark.cluster
 
@@ -89,10 +91,6 @@ def test_from_helm_install_to_helm_uninstall(
         assert len(release.pods()) == 2
         s3.create_bucket(BUCKET)
         user = scenario.create_user(cluster.kubectl, team, s3, tmp_path)
-        cluster.kubectl.run(
-            *("create", "rolebinding", "reads-inside", "-n", team),
-            *("--clusterrole=tempflow-via-cluster", f"--serviceaccount={team}:researcher"),
-        )
         research(Laptop(tmp_path, user, s3, team), release, images, say)
         release.save_logs(cluster.our_own().state.logs)
         release.uninstall_chart()
@@ -133,8 +131,6 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     assert {states[check] for check in ("api server", "resource definition", "rights")} == {"ok"}
     tempflow("init", "--preset", "digits", "--out", "job.yaml")
     shorten(tempflow.folder / "job.yaml")
-    inside = probed(tempflow, store, images)
-    assert (inside["objects"], inside["storage inside"]) == ("unknown", "ok"), inside
     told = tempflow("submit", "job.yaml", *in_team, *store)
     assert told == f"{tempflow.namespace}/digits: submitted; next: tempflow status digits\n"
     say("submitted")
@@ -143,7 +139,9 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     say("running")
     upgraded_and_rolled_back(release, images)  # touches no job: it ends in its first attempt
     lost = leading(release)
+    assert training(tempflow)
     release.kill(lost)  # and this neither
+    assert training(tempflow)
     say("upgraded and rolled back, and the leader killed")
     followed = tempflow("logs", "digits", "--follow", *in_team)
     tempflow("wait", "digits", "--timeout", "5m", *in_team)
@@ -166,14 +164,54 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     listed = tempflow("checkpoints", "list", "job/digits", *in_team)
     assert str(EPOCHS) in {line.split()[0] for line in listed.splitlines()[1:]}
     tempflow("pull", "job/digits", "--to", "result", *in_team)
-    tempflow("sample", "result", "--prompt", "a three", "--count", "2", "--out", "three.png")
-    assert (tempflow.folder / "three.png").read_bytes().startswith(b"\x89PNG")
+    tempflow("sample", "result", "--prompt", "a three", "--count", "16", "--out", "three.png")
+    assert share_found(tempflow.folder / "three.png", "a three", 16) > 0.5
+    read_inside(release.cluster.kubectl, tempflow.namespace)
+    inside = probed(tempflow, store, images)
+    assert (inside["objects"], inside["storage inside"]) == ("unknown", "ok"), inside
     pulled_from_inside(tempflow)
     tempflow("report", "job/digits", "--out", "digits.html", *in_team)
     assert "digit-ink" in (tempflow.folder / "digits.html").read_text()
     say("pulled, drawn and told")
+    everything = told_anywhere(release, tempflow.namespace)
+    assert SECRET in everything  # by its name
+    for value in scenario.credentials(tempflow.s3).values():
+        assert value not in everything
     assert tempflow("delete", "digits", "--timeout", "2m", *in_team) == "digits: deleted\n"
     assert tempflow("list", "-o", "name", *in_team) == ""
+
+
+def training(tempflow: Laptop) -> bool:
+    """Whether the pods run and epochs are left."""
+    job = f"{naming.LABEL_JOB_NAME}=digits"
+    pods = tempflow.user.items("pods", "-l", job, namespace=tempflow.namespace)
+    told = json.loads(tempflow("status", "digits", "-o", "json", "-n", tempflow.namespace))
+    status = told["status"]
+    phases = {status["phase"], *(pod["status"]["phase"] for pod in pods)}
+    running = len(pods) == 2 and phases == {"Running"}
+    return running and status.get("progress", {}).get("epoch", 0) < EPOCHS
+
+
+def read_inside(admin: Kubectl, namespace: str) -> None:
+    """Let the user start pods that read the store."""
+    admin.run(
+        *("create", "rolebinding", "reads-inside", "-n", namespace),
+        *("--clusterrole=tempflow-via-cluster", f"--serviceaccount={namespace}:researcher"),
+    )
+
+
+def told_anywhere(release: Release, namespace: str) -> str:
+    """All objects of both namespaces but the Secrets, and what the pods there have written."""
+    admin = release.cluster.kubectl
+    listed = admin.run("api-resources", "--namespaced", "--verbs=list", "-o", "name").split()
+    kinds = ",".join(kind for kind in listed if kind != "secrets")
+    told = []
+    for place in (namespace, SYSTEM):
+        told.append(admin.run("get", kinds, "-n", place, "-o", "yaml"))
+        for pod in admin.items("pods", namespace=place):
+            name = pod["metadata"]["name"]
+            told.append(admin.run("logs", name, "-n", place, "--all-containers"))
+    return "\n".join(told)
 
 
 def probed(tempflow: Laptop, store: tuple[str, ...], images: ProjectImages) -> dict[str, str]:
@@ -225,9 +263,11 @@ def shorten(file: Path) -> None:
 
 def left_over(cluster: Target) -> list[str]:
     """Objects of the chart and of its jobs, whatever their kind."""
+    roles = "roles,rolebindings,clusterroles,clusterrolebindings"
+    policies = "leases,poddisruptionbudgets,networkpolicies"
     found = cluster.kubectl.items(
-        *("all,configmaps,secrets,leases,clusterroles,clusterrolebindings", "-A"),
-        *("-l", "app.kubernetes.io/name=tempflow"),
+        f"all,configmaps,secrets,serviceaccounts,{roles},{policies}",
+        *("-A", "-l", "app.kubernetes.io/name=tempflow"),
     )
     return [f"{one['kind']}/{one['metadata']['name']}" for one in found]
 

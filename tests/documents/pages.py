@@ -18,7 +18,7 @@ _IMAGES = "tests/cluster/project_images.py"
 _CI = ".ci/run"
 # What is run elsewhere: the beginning of the command, and the file that runs it or its like.
 ELSEWHERE = {
-    "make demo": "benchmarks/demo.py",
+    "make demo": _CI,
     "make test": _CI,
     "make check": _CI,
     "make setup": _CI,
@@ -32,7 +32,7 @@ ELSEWHERE = {
     "kubectl": _OPERATOR,
     "tempflow validate digits.yaml -o yaml": _OPERATOR,
     "tempflow init --preset digits": _CLUSTER,
-    "pip install": "tests/unit/trainer/test_reward_plugins.py",
+    "pip install ./my-rewards": "tests/unit/trainer/test_reward_plugins.py",
     "tempflow explain --preset sd35m-pickscore --set": "tests/unit/trainer/test_explain.py",
     "pip wheel": "tests/unit/trainer/test_reward_plugins.py",
     "sha256sum dist/": "tests/unit/trainer/test_reward_plugins.py",
@@ -40,6 +40,7 @@ ELSEWHERE = {
 }
 # The only commands that nobody runs, and what they want that no test has.
 NOT_RUN = {
+    "pip install '.[trainer]'": "an environment of its own, and 3 GB to fetch",
     "make push-images": "a registry",
     "python -m tempflow_trainer.rewards.serve pickscore --device": "published weights and a GPU",
 }

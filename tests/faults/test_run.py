@@ -216,6 +216,41 @@ def test_a_full_disk_keeps_what_was_complete(job: Path, tmp_path: Path) -> None:
     assert not incomplete, "nothing half-written"
 
 
+def test_a_disk_with_everything_on_it_fills(job: Path, tmp_path: Path) -> None:
+    """Record, log and last words too: what is said then has only the exit code to go by."""
+    work = tmp_path / "runs"
+    work.mkdir()
+    command = " ".join([*CLI, str(job), "--work-dir", str(work), "--plain"])
+    first = f"{folder(job)}/{layout.CHECKPOINTS}/*/{layout.MANIFEST}"
+    script = f"""
+        mount -t tmpfs -o size=16m tmpfs {work} || exit
+        {command} & trainer=$!
+        while ! ls {first} >/dev/null 2>&1; do sleep 0.05; done
+        while kill -0 $trainer 2>/dev/null; do
+            cat /dev/zero >>{work}/filler 2>/dev/null
+            sleep 0.05
+        done
+        wait $trainer; code=$?
+        rm {work}/filler
+        cp -r {work} {tmp_path}/seen
+        exit $code
+    """
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == ExitCode.STORE, said
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "full" in error
+    assert "Traceback" not in said
+    assert committed(tmp_path / "seen" / "faulty"), "the checkpoints from before"
+
+
 def test_a_folder_that_cannot_be_written(job: Path) -> None:
     (job.parent / "runs").write_text("a file where a folder is wanted")
     code, output = run(job)

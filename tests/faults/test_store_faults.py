@@ -15,8 +15,9 @@ from tempflow_trainer.checkpoint import Checkpoints
 from tempflow_trainer.saving import Save, Saver
 from tempflow_trainer.store import S3Store
 from tests.faults import writer
-from tests.faults.conftest import BUCKET
+from tests.faults.conftest import BUCKET, KEYS
 from tests.faults.s3_proxy import Fault, Proxy, Seen
+from tests.faults.seaweedfs import seaweedfs
 
 pytestmark = pytest.mark.faults
 
@@ -217,9 +218,7 @@ class TestLargeFiles:
         client = boto3.client("s3", endpoint_url=s3.endpoint)
         assert not client.list_multipart_uploads(Bucket=BUCKET).get("Uploads"), "nothing is billed"
 
-    def test_completing_that_conflicts_or_is_lost(
-        self, s3: Proxy, run: Checkpoints, large: Path
-    ) -> None:
+    def test_completing_that_is_lost(self, s3: Proxy, run: Checkpoints, large: Path) -> None:
         s3.add(Fault("CompleteMultipartUpload", times=1, lose_reply=True))
         run.store.put(large, "large")
         assert run.store.find("large") == {"large": large.stat().st_size}
@@ -274,6 +273,19 @@ class TestReading:
         assert newer.parent == layout.folder_name(4, 1)
         with pytest.raises(Fenced):
             save(run, 5)
+
+
+def test_a_checkpoint_is_there_after_its_server_was_killed(
+    s3_environment: None, uri: str, tmp_path: Path
+) -> None:
+    """SeaweedFS, which keeps its data on disk: on a machine that lives on, nothing is lost."""
+    del s3_environment
+    with seaweedfs(tmp_path, KEYS, BUCKET) as endpoint:
+        save(writer.start(endpoint, uri, tmp_path / "one"), 1)
+    with seaweedfs(tmp_path, KEYS, BUCKET) as endpoint:
+        found = writer.start(endpoint, uri, tmp_path / "two")
+        assert found.parent == layout.folder_name(1, 1)
+        assert found.load(f"{layout.CHECKPOINTS}/{found.parent}").epochs_done == 1
 
 
 @BOTH

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -42,12 +43,20 @@ class Run:
     def stored(self) -> str:
         return f"{self.uri}/{NAME}"
 
-    def start(self, *, attempt: int = 1, processes: int = 1) -> subprocess.Popen[str]:
-        """A start on a machine that has nothing of the run."""
+    def start(
+        self, *, attempt: int = 1, processes: int = 1, changes: dict[str, Any] | None = None
+    ) -> subprocess.Popen[str]:
+        """A start on a machine that has nothing of the run.
+
+        Args:
+            attempt: its number.
+            processes: ranks.
+            changes: by section of the specification.
+        """
         self.starts += 1
         work = self.folder / f"machine-{self.starts}"
         work.mkdir(parents=True)
-        (work / "job.yaml").write_text(yaml.safe_dump(self._manifest(processes)))
+        (work / "job.yaml").write_text(yaml.safe_dump(self._manifest(processes, changes or {})))
         job = manifest.read(str(work / "job.yaml")).job
         (work / "job.json").write_text(job.model_dump_json(by_alias=True))
         return subprocess.Popen(
@@ -63,7 +72,7 @@ class Run:
             },
         )
 
-    def _manifest(self, processes: int) -> dict[str, object]:
+    def _manifest(self, processes: int, changes: dict[str, Any]) -> dict[str, object]:
         given = yaml.safe_load((ROOT / "examples/digits.yaml").read_text())
         given["metadata"] = {"name": NAME}
         spec = given["spec"]
@@ -72,6 +81,7 @@ class Run:
             "promptsPerEpoch": 4,
             "seedsPerPrompt": 1,
             "updatesPerEpoch": 2,
+            "branchSet": {"choose": "sliding", "count": 4, "everyEpochs": 1},
         }
         spec["model"]["ema"] = {"decay": 0.9, "everyUpdates": 1}
         spec["evaluation"] = {"everyEpochs": 2, "steps": 4, "prompts": 2, "imagesPerPrompt": 2}
@@ -82,6 +92,8 @@ class Run:
             "endpointUrl": self.s3.endpoint,
         }
         spec["compute"] |= {"processesPerNode": processes}
+        for section, values in changes.items():
+            spec[section] = spec.get(section, {}) | values
         return dict(given)
 
     def wait_for_phase(self, phase: str, epoch: int, process: subprocess.Popen[str]) -> None:
@@ -111,11 +123,15 @@ class Run:
         store = open_store(self.stored, self.s3.endpoint, "us-east-1")
         return (read(store, layout.log_key(attempt, rank)) or b"").decode().splitlines()
 
+    def newest(self) -> Path:
+        """What the newest checkpoint holds, here."""
+        store = open_store(self.stored, self.s3.endpoint, "us-east-1")
+        return pull(store, steps(store)[-1], self.folder / f"result-{uuid.uuid4().hex}")
+
     def result(self) -> dict[str, str]:
         """Digests of what the run ended with, and of its record but for the times."""
         store = open_store(self.stored, self.s3.endpoint, "us-east-1")
-        newest = steps(store)[-1]
-        folder = pull(store, newest, self.folder / f"result-{uuid.uuid4().hex}")
+        folder = self.newest()
         found = {
             file.relative_to(folder).as_posix(): digest(file.read_bytes())
             for file in sorted(folder.rglob("*.safetensors"))
@@ -127,6 +143,8 @@ class Run:
                 for timed in ("time", "seconds", "imagesPerSecond", "scoringHiddenSeconds"):
                     row.pop(timed, None)
             found[name] = digest(yaml.safe_dump(rows).encode())
+        for picture in store.files.find(store.path(layout.GRIDS)):
+            found[Path(picture).name] = digest(bytes(store.files.cat_file(picture)))
         return found
 
 
@@ -153,16 +171,33 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 class Hold:
-    """Holds one request until it is let go."""
+    """Holds one request until it is let go.
 
-    def __init__(self, s3: Proxy, operation: str, key: str) -> None:
+    Then the server gets it, unless it is ``lost``; or it is held when the server has applied it.
+    """
+
+    def __init__(
+        self,
+        s3: Proxy,
+        operation: str,
+        key: str,
+        *,
+        skip: int = 0,
+        applied: bool = False,
+        lost: bool = False,
+    ) -> None:
         self._reached, self._go = threading.Event(), threading.Event()
 
         def hold(_seen: Seen) -> None:
             self._reached.set()
             self._go.wait(PATIENCE_SECONDS)
 
-        s3.add(Fault(operation, key=key, times=1, before=hold))
+        fault = Fault(operation, key=key, skip=skip, times=1, status=503 if lost else None)
+        if applied:
+            fault.after = hold
+        else:
+            fault.before = hold
+        s3.add(fault)
 
     def wait(self, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -186,25 +221,38 @@ def undisturbed(moto: Proxy, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     code, output = finish(run.start())
     assert code == ExitCode.DONE, output
     assert run.committed() == [1, 2, 3, 4]
-    return run.result()
+    found = run.result()
+    assert {f"epoch-{epoch:06d}.png" for epoch in (0, 2, 4)} < found.keys()
+    return found
 
 
 def of_step(step: int, what: str) -> str:
     return rf"step-{step:010d}-.*/{what}"
 
 
-def test_kill_9_in_a_save_loses_that_save_only(
-    run: Run, s3: Proxy, undisturbed: dict[str, str]
-) -> None:
-    hold = Hold(s3, "PutObject", of_step(2, layout.MANIFEST))
-    process = run.start()
-    hold.wait(process)
-    kill_all(process)
-    hold.release()
-    assert run.committed() == [1]
-    code, output = finish(run.start(attempt=2))
+# Where each start is killed, and which checkpoints count then. The first entry that a start makes
+# of the ledger is its claim.
+KILLS: tuple[tuple[dict[str, Any], list[int]], ...] = (
+    ({"key": of_step(2, "state/optimizer"), "lost": True}, [1]),
+    ({"key": of_step(2, layout.MANIFEST), "lost": True}, [1]),
+    ({"key": of_step(2, layout.MANIFEST), "applied": True}, [1]),
+    ({"key": f"{layout.LEDGER}/", "skip": 1, "applied": True}, [1, 2]),
+    ({"key": layout.LATEST, "lost": True}, [1, 2, 3]),
+    ({"key": layout.METRICS, "lost": True}, [1, 2, 3]),
+)
+
+
+def test_kill_9_at_a_request_of_a_save(run: Run, s3: Proxy, undisturbed: dict[str, str]) -> None:
+    for attempt, (request, counts) in enumerate(KILLS, start=1):
+        hold = Hold(s3, "PutObject", **request)
+        process = run.start(attempt=attempt)
+        hold.wait(process)
+        kill_all(process)
+        hold.release()
+        s3.clear()
+        assert run.committed() == counts, request
+    code, output = finish(run.start(attempt=len(KILLS) + 1))
     assert code == ExitCode.DONE, output
-    assert "continues after 1 epochs" in output
     assert run.result() == undisturbed
 
 

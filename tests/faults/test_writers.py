@@ -7,6 +7,7 @@ writes after a newer start has claimed the run never counts.
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from multiprocessing.process import BaseProcess
@@ -48,21 +49,29 @@ def listed(s3: Proxy, uri: str) -> list[str]:
 
 
 class At:
-    """Holds the request at one position of a save until it is let go.
+    """Holds the request at one position of a save, counted among those of ``operation``, until it
+    is let go.
 
     Then the server gets it, unless it is ``lost``; or it is held when the server has applied it.
     """
 
     def __init__(
-        self, s3: Proxy, position: int, *, applied: bool = False, lost: bool = False
+        self,
+        s3: Proxy,
+        position: int,
+        *,
+        operation: str = ".*",
+        applied: bool = False,
+        lost: bool = False,
     ) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
 
-        def hold(_seen: Seen) -> None:
+        def hold(seen: Seen) -> None:
+            self.held = seen
             self.reached.set()
             self.go.wait(PATIENCE_SECONDS)
 
-        fault = Fault(skip=position, times=1, status=503 if lost else None)
+        fault = Fault(operation, skip=position, times=1, status=503 if lost else None)
         if applied:
             fault.after = hold
         else:
@@ -76,7 +85,14 @@ class At:
         assert self.reached.wait(PATIENCE_SECONDS), f"never got there: {process.exitcode}"
 
 
-def prepared(s3: Proxy, uri: str, folder: Path, at: At, *then: int) -> BaseProcess:
+def prepared(
+    s3: Proxy,
+    uri: str,
+    folder: Path,
+    at: At,
+    *then: int,
+    export: Callable[[Path], None] = writer.export,
+) -> BaseProcess:
     """A process that saves step 3 and is held at the request; steps 1 and 2 are complete."""
     run = writer.start(s3.endpoint, uri, folder)
     for step in (1, 2):
@@ -90,7 +106,7 @@ def prepared(s3: Proxy, uri: str, folder: Path, at: At, *then: int) -> BaseProce
         armed.wait(PATIENCE_SECONDS)
 
     s3.add(Fault(operation="PutObject", key=r"ledger/", times=1, after=hold))
-    process = writer.process(s3.endpoint, uri, folder, (3, *then))
+    process = writer.process(s3.endpoint, uri, folder, (3, *then), export)
     process.start()
     assert claimed.wait(PATIENCE_SECONDS)
     s3.clear()
@@ -130,19 +146,65 @@ def test_killed_at_a_request(
     s3: Proxy, uri: str, tmp_path: Path, save: list[Seen], position: int, applied: bool
 ) -> None:
     at = At(s3, position, applied=applied, lost=not applied)
-    process = prepared(s3, uri, tmp_path / "one", at)
+    expected = 3 if (position, applied) >= (position_of(save, layout.LEDGER), True) else 2
+    assert_killed(s3, uri, tmp_path, at, expected)
+
+
+@pytest.mark.parametrize("s3", ["seaweed"], indirect=True)
+@pytest.mark.parametrize("applied", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("key", [layout.MANIFEST, layout.LEDGER], ids=["manifest", "entry"])
+def test_killed_at_what_decides_on_a_server_of_another_maker(
+    s3: Proxy, uri: str, tmp_path: Path, save: list[Seen], key: str, applied: bool
+) -> None:
+    at = At(s3, position_of(save, key), applied=applied, lost=not applied)
+    expected = 3 if key == layout.LEDGER and applied else 2
+    assert key in str(assert_killed(s3, uri, tmp_path, at, expected))
+
+
+@pytest.mark.parametrize(
+    ("operation", "part", "applied"),
+    [
+        ("CreateMultipartUpload", 0, True),
+        ("UploadPart", 1, False),
+        ("CompleteMultipartUpload", 0, False),
+        ("CompleteMultipartUpload", 0, True),
+    ],
+    ids=["created", "at a part", "before it is complete", "after"],
+)
+def test_killed_in_an_upload_in_parts(
+    s3: Proxy, uri: str, tmp_path: Path, operation: str, part: int, applied: bool
+) -> None:
+    at = At(s3, part, operation=operation, applied=applied, lost=not applied)
+    held = assert_killed(s3, uri, tmp_path, at, 2, export=writer.export_large)
+    assert held.operation == operation
+
+
+def position_of(save: list[Seen], key: str) -> int:
+    """Of the request of a save that writes it."""
+    return next(i for i, r in enumerate(save) if r.operation == "PutObject" and key in r.key)
+
+
+def assert_killed(
+    s3: Proxy,
+    uri: str,
+    folder: Path,
+    at: At,
+    expected: int,
+    export: Callable[[Path], None] = writer.export,
+) -> Seen:
+    """A process killed while it saves step 3 leaves the step that is expected, whole, and the run
+    goes on; returns the request."""
+    process = prepared(s3, uri, folder / "one", at, export=export)
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    held = s3.log[-1]
+    held = at.held
     at.go.set()
     s3.clear()
-    puts = [i for i, r in enumerate(save) if r.operation == "PutObject" and "/ledger/" in r.key]
-    expected = 3 if (position, applied) >= (puts[0], True) else 2
-    found = writer.start(s3.endpoint, uri, tmp_path / "two")
+    found = writer.start(s3.endpoint, uri, folder / "two")
     assert found.parent is not None, held
-    folder = layout.parse_folder(found.parent)
-    assert folder is not None
-    assert folder.step == expected, held
+    parent = layout.parse_folder(found.parent)
+    assert parent is not None
+    assert parent.step == expected, held
     state = found.load(f"{layout.CHECKPOINTS}/{found.parent}")
     assert state.epochs_done == expected
     assert float(state.trained["a"][0]) == expected
@@ -150,6 +212,7 @@ def test_killed_at_a_request(
     assert names[0] == found.parent
     found.save(writer.state(expected + 1), writer.export)
     assert len(listed(s3, uri)) == 2
+    return held
 
 
 @pytest.mark.parametrize("woken", ["after the claim", "after the commit"])
@@ -157,11 +220,23 @@ def test_killed_at_a_request(
 def test_paused_at_a_request_and_woken_when_another_start_has_the_run(
     s3: Proxy, uri: str, tmp_path: Path, position: int, woken: str
 ) -> None:
+    assert_woken(s3, uri, tmp_path, position, woken)
+
+
+@pytest.mark.parametrize("s3", ["seaweed"], indirect=True)
+def test_paused_before_its_entry_on_a_server_of_another_maker(
+    s3: Proxy, uri: str, tmp_path: Path, save: list[Seen]
+) -> None:
+    assert_woken(s3, uri, tmp_path, position_of(save, layout.LEDGER), "after the commit")
+
+
+def assert_woken(s3: Proxy, uri: str, folder: Path, position: int, woken: str) -> None:
+    """A process paused at a request stops, and nothing that it wrote counts."""
     at = At(s3, position)
     # It tries to go on: that is when the one that had just committed learns of it.
-    process = prepared(s3, uri, tmp_path / "one", at, 4)
+    process = prepared(s3, uri, folder / "one", at, 4)
     os.kill(process.pid or 0, signal.SIGSTOP)
-    newer = writer.start(s3.endpoint, uri, tmp_path / "two")
+    newer = writer.start(s3.endpoint, uri, folder / "two")
     assert newer.parent is not None
     resumed = layout.parse_folder(newer.parent)
     assert resumed is not None
@@ -180,6 +255,6 @@ def test_paused_at_a_request_and_woken_when_another_start_has_the_run(
     latest = layout.Latest.model_validate_json(writer.store(s3.endpoint, uri).read(layout.LATEST))
     assert latest.folder in {*expected, *(f.name for f in newer.committed()), newer.parent}
     assert written
-    third = writer.start(s3.endpoint, uri, tmp_path / "three")
+    third = writer.start(s3.endpoint, uri, folder / "three")
     assert third.parent == expected[0]
     assert third.load(f"{layout.CHECKPOINTS}/{third.parent}").epochs_done >= 2

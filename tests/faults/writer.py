@@ -4,7 +4,7 @@ It is forked from a process that has everything imported, so it starts in a mome
 """
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,6 +32,12 @@ def export(folder: Path) -> None:
     (folder / ADAPTER).write_bytes(b"weights")
 
 
+def export_large(folder: Path) -> None:
+    """It is sent in three parts."""
+    export(folder)
+    (folder / ADAPTER).write_bytes(bytes(33 << 20))
+
+
 @cache
 def _bucket(endpoint: str, name: str) -> S3Store:
     # A client takes half a second to make; a test should not make three.
@@ -52,7 +58,9 @@ def start(endpoint: str, uri: str, staging: Path, attempt: int = 1) -> Checkpoin
     return made
 
 
-def save(endpoint: str, uri: str, staging: Path, steps: Sequence[int]) -> None:
+def save(
+    endpoint: str, uri: str, staging: Path, steps: Sequence[int], export: Callable[[Path], None]
+) -> None:
     """Claim and save; ends with the exit code of what went wrong."""
     try:
         run = start(endpoint, uri, staging)
@@ -62,8 +70,14 @@ def save(endpoint: str, uri: str, staging: Path, steps: Sequence[int]) -> None:
         raise SystemExit(int(error.exit_code)) from error
 
 
-def process(endpoint: str, uri: str, staging: Path, steps: Sequence[int]) -> BaseProcess:
+def process(
+    endpoint: str,
+    uri: str,
+    staging: Path,
+    steps: Sequence[int],
+    export: Callable[[Path], None] = export,
+) -> BaseProcess:
     """The process, not started."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.writer"])
-    return context.Process(target=save, args=(endpoint, uri, staging, steps), daemon=True)
+    return context.Process(target=save, args=(endpoint, uri, staging, steps, export), daemon=True)

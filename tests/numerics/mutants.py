@@ -1,7 +1,8 @@
 """Mistakes that the mathematics must not survive, each with the test that catches it.
 
-``python -m tests.numerics.mutants`` makes each of them in a copy of the trainer, runs the one
-test, and reports what survived; ``... NAME`` takes the mutants whose name contains NAME.
+``make mutants`` makes each of them in a copy of the trainer, runs the one test, and reports what
+survived; ``make mutants NAME=clip`` takes those whose name contains ``clip``. "Weight not detached"
+is none of them: weights come from the schedule, so there is no graph to detach them from.
 """
 
 import os
@@ -161,7 +162,7 @@ MUTANTS = (
         ADVANTAGES,
         "mean_GS(centred_GSK.square()).sqrt()",
         "(mean_GS(centred_GSK.square()) * 6 / 5).sqrt()",
-        "numerics/test_advantages.py",
+        "numerics/test_advantages.py::test_six_rewards_in_a_row",
     ),
     Mutant(
         "deviation of the batch without ddof 0",
@@ -175,7 +176,7 @@ MUTANTS = (
         ADVANTAGES,
         "(found.std_GS[..., None] + rule.epsilon)",
         "(found.std_GS[..., None])",
-        "numerics/test_advantages.py",
+        "numerics/test_advantages.py::test_equal_rewards_teach_exactly_nothing",
     ),
     Mutant(
         "advantages cut on one side",
@@ -190,7 +191,7 @@ MUTANTS = (
         "sums_NS.index_add_(0, group_G, values_GSK.sum(dim=2))",
         "sums_NS.index_add_(0, group_G, values_GSK.sum(dim=(1, 2))[:, None].expand(-1, steps)"
         " / steps)",
-        "numerics/test_advantages.py",
+        "numerics/test_advantages.py::test_steps_are_never_compared_with_one_another",
     ),
     Mutant(
         "optimistic clipping",

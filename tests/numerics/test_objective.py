@@ -1,5 +1,6 @@
 """The loss and its gradient: shared forwards, first updates, clipping, the reference."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,21 +13,28 @@ from tempflow_trainer import loop
 from tempflow_trainer.algorithm import loss
 from tempflow_trainer.algorithm.advantages import AdvantageRule, advantages_GSK
 from tempflow_trainer.algorithm.branching import plan
+from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.algorithm.weighting import weights_S
 from tempflow_trainer.experience import Experience, Objective, of_rollouts
 from tempflow_trainer.models.tuning import FullTuning, Tuning
 from tempflow_trainer.rollout import Walker
-from tests.numerics.schedules import law
-from tests.numerics.test_rollout import collect
-from tests.numerics.toys import Mlp, gradient, run_of, spec_of, still, walker_of
+from tests.numerics import schedules
+from tests.numerics.schedules import any_family, every_family, law
+from tests.numerics.test_rollout import collect, noise_of
+from tests.numerics.toys import Gaussian, Mlp, gradient, run_of, spec_of, still, walker_of
 
 GROUPS = 3
 PROMPTS = [f"prompt {i}" for i in range(GROUPS)]
 
 
-def learned(*, draws: int = 4, steps: int = 6) -> tuple[Experience, Walker, Tuning]:
+Family = Callable[[int], Schedule]
+
+
+def learned(
+    *, draws: int = 4, steps: int = 6, family: Family = schedules.sd3
+) -> tuple[Experience, Walker, Tuning]:
     """Transitions of a few groups with random advantages."""
-    model = Mlp()
+    model = Mlp(schedule_of=family)
     walker, tuning = walker_of(model, steps), FullTuning(model, keep_reference=True)
     paper = plan(method="tempflow", total_steps=steps, branch_steps=[], draws=draws)
     rollouts = collect(walker, paper, GROUPS)
@@ -69,11 +77,16 @@ def one_row_a_draw(experience: Experience) -> Experience:
 
 
 @law
-@given(draws=st.integers(1, 5), kl=st.sampled_from([0.0, 0.5]), rows=st.integers(1, 20))
+@given(
+    draws=st.integers(1, 5),
+    kl=st.sampled_from([0.0, 0.5]),
+    rows=st.integers(1, 20),
+    family=any_family,
+)
 def test_one_forward_for_all_draws_has_the_gradient_of_one_forward_each(
-    draws: int, kl: float, rows: int
+    draws: int, kl: float, rows: int, family: Family
 ) -> None:
-    experience, walker, tuning = learned(draws=draws)
+    experience, walker, tuning = learned(draws=draws, family=family)
     objective = Objective(clip_range=1e-4, kl_coefficient=kl)
     with torch.no_grad():  # away from the reference, so that the divergence has a gradient
         for parameter in tuning.parameters().values():
@@ -86,10 +99,11 @@ def test_one_forward_for_all_draws_has_the_gradient_of_one_forward_each(
     torch.testing.assert_close(shared, repeated, rtol=1e-4, atol=1e-6 * float(shared.norm()))
 
 
-def test_it_is_the_gradient_of_a_rollout_that_keeps_its_graphs() -> None:
+@every_family
+def test_it_is_the_gradient_of_a_rollout_that_keeps_its_graphs(family: Family) -> None:
     """ "Retain" of LeanGRPO (arXiv 2609.03528): the trunk's own forward at a step is kept until the
     rewards of its draws are known. No second forward and no ratio are in it."""
-    experience, walker, tuning = learned()
+    experience, walker, tuning = learned(family=family)
     objective = Objective(clip_range=1e-4, kl_coefficient=0.0)
     shared, _ = gradient_of(objective, experience, walker, tuning)
     schedule, jumps = (
@@ -113,8 +127,11 @@ def test_it_is_the_gradient_of_a_rollout_that_keeps_its_graphs() -> None:
     torch.testing.assert_close(kept, shared, rtol=1e-4, atol=1e-6 * float(shared.norm()))
 
 
-def test_before_the_first_update_the_ratio_is_one_and_the_loss_the_mean_advantage() -> None:
-    experience, walker, tuning = learned()
+@every_family
+def test_before_the_first_update_the_ratio_is_one_and_the_loss_the_mean_advantage(
+    family: Family,
+) -> None:
+    experience, walker, tuning = learned(family=family)
     objective = Objective(clip_range=1e-4, kl_coefficient=0.0)
     _, sums = gradient_of(objective, experience, walker, tuning)
     expected = -(experience.weight_B[:, None] * experience.advantages_BK).mean(dim=1).sum()
@@ -122,8 +139,19 @@ def test_before_the_first_update_the_ratio_is_one_and_the_loss_the_mean_advantag
     assert (sums["clipped"], sums["drift"], sums["kl"]) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 7, 64])
-def test_the_first_of_several_updates_has_a_ratio_of_one_bit_for_bit(rows: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "family"),
+    [
+        (1, schedules.sd3),
+        (4, schedules.flux),
+        (5, schedules.qwen),
+        (7, schedules.flux),
+        (64, schedules.sd3),
+    ],
+)
+def test_the_first_of_several_updates_has_a_ratio_of_one_bit_for_bit(
+    rows: int, family: Family
+) -> None:
     """Old log-probabilities come from the forward that training uses: same rows, same calls."""
     spec = spec_of(
         {
@@ -133,7 +161,7 @@ def test_the_first_of_several_updates_has_a_ratio_of_one_bit_for_bit(rows: int) 
             "compute.rowsPerTrainingCall": rows,
         }
     )
-    run = still(run_of(spec, Mlp(shape=(3, 8, 8))))
+    run = still(run_of(spec, Mlp((3, 8, 8), family)))
     metrics = loop.run_epoch(run, 0)
     # The weights did not move, so this holds for the second update too.
     assert metrics["ratioDrift"] == 0.0
@@ -215,18 +243,24 @@ def test_divergence_is_from_the_model_before_training_and_pulls_back_to_it() -> 
     assert walker.policy.evaluations["reference"] == 2 * len(experience)
 
 
+@every_family
 @pytest.mark.parametrize("step", [0, 3, 7])
-def test_noise_times_advantage_points_along_a_linear_reward(step: int) -> None:
-    """The direction of the update at one step tends to that of the reward as draws grow."""
+def test_noise_times_advantage_points_along_a_linear_reward(step: int, family: Family) -> None:
+    """The direction of the update at one step tends to that of the reward as draws grow: the step,
+    the tail to the image and the reward are all linear, and the tail of the Gaussian toy scales
+    every dimension alike."""
+    shape = (1, 4, 4)
+    walker = walker_of(Gaussian(family, shape))
+    direction = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rule = AdvantageRule(scope="seed", deviation="group", epsilon=1e-4, clip_max=5.0)
     cosines = []
     for draws in (8, 4096):
-        generator = torch.Generator().manual_seed(step)
-        direction = torch.randn(1, 4, 4, generator=generator)
-        noise = torch.randn(1, 1, draws, 1, 4, 4, generator=generator)
-        rewards = (noise * direction).sum(dim=(3, 4, 5))
-        rule = AdvantageRule(scope="seed", deviation="group", epsilon=1e-4, clip_max=5.0)
+        one = plan(method="tempflow", total_steps=10, branch_steps=[step], draws=draws)
+        noise = noise_of(one, 1, shape)
+        rollouts = collect(walker, one, 1, noise)
+        rewards = rollouts.rewards_GSK((rollouts.latents_NCHW * direction).sum(dim=(1, 2, 3)))
         advantages = advantages_GSK(rewards, torch.tensor([0]), rule)
-        estimate = (noise * advantages[..., None, None, None]).mean(dim=(0, 1, 2))
+        estimate = (noise(step) * advantages[:, 0, :, None, None, None]).mean(dim=(0, 1))
         cosines.append(
             float(torch.cosine_similarity(estimate.flatten(), direction.flatten(), dim=0))
         )

@@ -1,8 +1,11 @@
 """The schedules of the families, against numbers computed apart from this code."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
 from tempflow_trainer.algorithm.schedule import Schedule
 from tests.numerics import schedules
@@ -55,6 +58,26 @@ def test_a_larger_image_of_flux_stays_noisy_for_longer() -> None:
 
 def test_the_schedule_of_qwen_image_ends_at_two_hundredths() -> None:
     assert float(schedules.qwen(10).sigmas[-2]) == pytest.approx(0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 40])
+@pytest.mark.parametrize("tokens", [256, 1024, 2304, 4096])
+def test_shifts_of_the_shipped_configurations_by_hand(tokens: int, steps: int) -> None:
+    """s = e^mu / (e^mu + 1 / u - 1) with mu linear in the tokens: 0.5 at 256, 1.15 at 4,096 for
+    FLUX.1 and 0.9 at 8,192 for Qwen-Image, whose levels are then stretched to end at 0.02."""
+
+    def shifted(mu: float) -> Tensor:
+        grid_T = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+        return math.exp(mu) / (math.exp(mu) + 1 / grid_T - 1)
+
+    def close(schedule: Schedule, expected_T: Tensor) -> None:
+        found_T = schedule.sigmas[:-1]
+        torch.testing.assert_close(found_T, expected_T, rtol=0.0, atol=1e-6)
+
+    close(schedules.flux(steps, tokens), shifted(0.5 + 0.65 * (tokens - 256) / 3840))
+    plain_T = shifted(0.5 + 0.4 * (tokens - 256) / 7936)
+    stretched_T = 1 - (1 - plain_T) * 0.98 / (1 - plain_T[-1])
+    close(schedules.qwen(steps, tokens), stretched_T)
 
 
 @law

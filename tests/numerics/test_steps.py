@@ -166,7 +166,11 @@ def test_no_gradient_goes_through_a_draw(log_prob: Callable[..., Tensor]) -> Non
 
 
 def guarded_slope(schedule: Schedule, noise_level: float) -> Tensor:
-    """d(guarded log ratio) / d(velocity) per unit of noise and dimension, of every step."""
+    """d(guarded log ratio) / d(velocity) per unit of noise and dimension, of every step.
+
+    Mean and log-probability are typed again in float64: those of the product, which other tests
+    hold, are float32 and would not carry a slope to nine digits.
+    """
     of, dims = sde.transitions("flow", schedule, noise_level), 8
     velocity = torch.zeros(schedule.steps, 1, 2, 4, dtype=torch.float64, requires_grad=True)
     per_row = (-1, 1, 1, 1)

@@ -28,6 +28,9 @@ from tempflow_trainer.rewards.digits import (
 from tools.digits.base import as_latents, velocity_loss
 from tools.digits.data import DEFAULT_CACHE, Digits, halve, load_splits
 
+# What README.md beside this file promises, and the tests hold what ships to.
+JUDGED_ACCURACY = (0.50, 0.75)
+MOST_LOSS = 0.27
 PER_DIGIT = 100
 SAMPLING_STEPS = 10
 VALIDATION_ROUNDS = 8
@@ -99,7 +102,7 @@ def report(pipeline: DigitsPipeline, test: Digits, seed: int, grid: Path | None)
     judged = load_judge().find(real_NHW)
     print(f"classifier, test split: {(classified == test.labels_N).float().mean():.4f}")
     print(f"judge, test split:      {(judged == test.labels_N).float().mean():.4f}")
-    print(f"validation loss:        {validation_loss(pipeline, test):.4f}")
+    print(f"validation loss:        {validation_loss(pipeline, test):.4f}, at most {MOST_LOSS}")
     labels = [digit for digit in range(10) for _ in range(PER_DIGIT)]
     prompts = [f"a {DIGIT_NAMES[digit]}" for digit in labels]
     images_N3HW = draw(pipeline, prompts, seed)
@@ -108,7 +111,8 @@ def report(pipeline: DigitsPipeline, test: Digits, seed: int, grid: Path | None)
     each = " ".join(f"{share:.2f}" for share in right_N.reshape(10, -1).mean(dim=1).tolist())
     seen = torch.bincount(load_judge().find(images_N3HW[:, 0]), minlength=10)
     real_N3HW = real_NHW[:, None].expand(-1, 3, -1, -1)
-    print(f"judged accuracy:        {right_N.mean():.4f} of {len(prompts)}, by digit {each}")
+    low, high = JUDGED_ACCURACY
+    print(f"judged accuracy:        {right_N.mean():.4f}, {low} to {high}; by digit {each}")
     print(f"digits the judge finds: {seen.tolist()}")
     print(f"mean probability:       {believed_N.mean():.4f}")
     print(

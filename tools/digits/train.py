@@ -16,6 +16,7 @@ from tempflow_trainer.models.digits import DigitsPipeline
 from tempflow_trainer.rewards.digits import LANDMARK_LEVELS, DigitClassifier, RbfJudge
 from tools.digits.base import BaseRecipe, make_pipeline, train_base
 from tools.digits.data import DEFAULT_CACHE, load_splits
+from tools.digits.evaluate import report
 from tools.digits.judges import JudgeRecipe, fit_judge, train_classifier
 
 
@@ -42,12 +43,17 @@ def save_judges(classifier: DigitClassifier, judge: RbfJudge, out: Path) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the assets")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the assets; a trial's is another than the package's",
+    )
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the data")
     parser.add_argument("--only", choices=("base", "judges"), help="train only this part")
     parser.add_argument("--steps", type=int, default=20000, help="of the base model")
     parser.add_argument("--classifier-steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and pictures")
     parser.add_argument("--threads", type=int, default=1, help="2 is slower where cores are busy")
     arguments = parser.parse_args()
     # The root logger of a notebook or of a library may already be set up.
@@ -65,6 +71,7 @@ def main() -> None:
         pipeline = make_pipeline(arguments.seed)
         train_base(pipeline, splits["base"], BaseRecipe(steps=arguments.steps, seed=arguments.seed))
         save_pipeline(pipeline, arguments.out)
+        report(pipeline, splits["test"], arguments.seed, grid=None)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer import seeds
 
 STATE = "state.json"
+SPLITS = "dataset_dict.json"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def load_prompts(spec: JobSpec) -> list[Prompt]:
     source = str(spec.data.prompts_file)
     if not source.endswith((".txt", ".jsonl")) and _has_file(source, STATE):
         return _from_dataset(source)
+    if _has_file(source, SPLITS):
+        raise _invalid(source, f"holds several splits: name one, as in {source}/train", None)
     # Not splitlines: to Python some characters inside a prompt end a line too.
     lines = _read(source).split("\n")
     parse = _parse_json if source.endswith(".jsonl") else _parse_text
@@ -114,9 +117,12 @@ def _from_dataset(folder: str) -> list[Prompt]:
     found = []
     for i, row in enumerate(rows):
         text = row.pop("prompt", None)
+        number = i + 1
         if not isinstance(text, str) or not text.strip():
             columns = ", ".join(sorted(row)) or "no other column"
-            raise _invalid(folder, f'expected a text in column "prompt"; there is {columns}', i)
+            raise _invalid(
+                folder, f'expected a text in column "prompt"; there is {columns}', number
+            )
         found.append(Prompt(i, text, row))
     return found
 

@@ -1,7 +1,7 @@
 """Images from fixed noise, before, during and after training: what the run is judged by."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tempflow_api.errors import RewardFailed
+from tempflow_api.errors import Preempted, RewardFailed
 from tempflow_api.record import Evaluation as EvaluationLine
 from tempflow_api.record import Spread
 from tempflow_trainer import seeds
@@ -53,20 +53,21 @@ class Evaluator:
     equal_shares: bool = False
     """Whether all ranks have to draw as many images: those that are too many are left out."""
 
-    def run(self) -> Evaluation:
+    def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Draw and score with the weights as they are; the ranks share the work.
 
         Raises:
+            Preempted: on every rank, when one was asked to stop before all was scored.
             RewardFailed: a required reward failed, or no image has all its required scores.
         """
         jobs = [(p, m) for p in self.prompts for m in range(self.images_per_prompt)]
         index_N = self._share(len(jobs), self.ranks.rank)
         mine = [jobs[i] for i in index_N.tolist()]
         filling = [jobs[0]] * self._filling(len(jobs))
-        images = self._draw(mine + filling)[: len(mine)] if mine + filling else NO_IMAGES
+        images = self._draw(mine + filling, self._calls(len(jobs)), stop_requested)[: len(mine)]
         texts, metadata = [p.text for p, _ in mine], [p.metadata for p, _ in mine]
         prompts = (index_N // self.images_per_prompt).tolist()
-        scoring = Scoring([term.name for term in self.reward.terms], self.ranks)
+        scoring = Scoring([term.name for term in self.reward.terms], self.ranks, stop_requested)
         if mine:
             scoring.submit(
                 len(mine),
@@ -105,21 +106,33 @@ class Evaluator:
         shares = [len(self._share(jobs, rank)) for rank in range(self.ranks.world)]
         return max(shares) - shares[self.ranks.rank]
 
+    def _calls(self, jobs: int) -> int:
+        """Of the network, on the rank that has most to draw."""
+        most = max(len(self._share(jobs, rank)) for rank in range(self.ranks.world))
+        return math.ceil(most / self.walker.rows_per_call)
+
     @torch.no_grad()
-    def _draw(self, jobs: Sequence[tuple[Prompt, int]]) -> Tensor:
-        starts_NCHW = torch.stack(
-            [
+    def _draw(
+        self, jobs: Sequence[tuple[Prompt, int]], calls: int, stop_requested: Callable[[], bool]
+    ) -> Tensor:
+        """Images [N, 3, H, W]; before each of the ``calls``, also where this rank has none left,
+        the ranks ask one another whether to stop."""
+        policy, at_a_time = self.walker.policy, self.walker.rows_per_call
+        images: list[Tensor] = []
+        for call in range(calls):
+            if self.ranks.any(stop_requested()):
+                raise Preempted("asked to stop")
+            some = jobs[call * at_a_time : (call + 1) * at_a_time]
+            if not some:
+                continue
+            starts = [
                 seeds.normal(self.latent_shape, self.run_seed, "evaluation", p.id, image)
-                for p, image in jobs
+                for p, image in some
             ]
-        )
-        policy = self.walker.policy
-        images = []
-        for rows in torch.arange(len(jobs)).split(self.walker.rows_per_call):
-            conditioning = policy.text.encode([jobs[i][0].text for i in rows.tolist()])
-            latents = self.walker.sample(starts_NCHW[rows], conditioning)
+            conditioning = policy.text.encode([p.text for p, _ in some])
+            latents = self.walker.sample(torch.stack(starts), conditioning)
             images.append(policy.decode(latents))
-        return torch.cat(images)
+        return torch.cat(images) if images else NO_IMAGES
 
 
 def diversity(images_PM3HW: Tensor) -> float | None:

@@ -117,7 +117,8 @@ class Method:
     schedule: Schedule
     exploration: Exploration
     plan: BranchPlan
-    """Of the first epoch; others may branch elsewhere, with as many steps."""
+    """Of the first epoch; others may branch elsewhere, and a trajectory of ``flow-grpo`` whose
+    steps are merged at fewer or more steps."""
 
     @classmethod
     def of(cls, spec: JobSpec, model: FlowModel) -> "Method":
@@ -142,13 +143,15 @@ class Method:
         noise_T[branched], raw_T[branched] = jumps.noise_std_S, weighting.raw_S(kind, jumps)
         weight_T = torch.zeros_like(noise_T)
         weight_T[branched] = self.exploration.weights_S(self.plan)
-        sigmas, dt_T = self.schedule.sigmas, self.schedule.dt_T
+        sigmas = self.schedule.sigmas
+        next_T = sigmas[1:].clone()
+        next_T[branched] = sigmas[list(self.plan.landings)]
         steps = [
             ScheduleStep(
                 step=k,
                 sigma=float(sigmas[k]),
-                sigma_next=float(sigmas[k + 1]),
-                dt=float(dt_T[k]),
+                sigma_next=float(next_T[k]),
+                dt=float(next_T[k] - sigmas[k]),
                 noise_std=float(noise_T[k]),
                 weight_raw=float(raw_T[k]),
                 weight=float(weight_T[k]),
@@ -264,6 +267,7 @@ def explain(job: TempFlowGRPOJob, rate: str | None = None) -> Explanation:
         name=job.metadata.name,
         model=spec.model.source,
         method=spec.algorithm.method,
+        weighting=spec.algorithm.weighting,
         width=spec.sampling.width,
         height=spec.sampling.height,
         parameters=sum(p.numel() for n, p in transformer.named_parameters() if "lora_" not in n),
@@ -346,7 +350,7 @@ def _memory(
         "gradients": trained // parts,
         "optimizer": MOMENTS * trained // parts,
         "average": trained // parts,
-        "reference": trained // parts if tuning.keeps_reference else 0,
+        "reference": sum(map(weight_bytes, tuning.networks()[1:])) // parts,
     }
     peaks = {
         "rollout": calls.forward.peak_bytes,

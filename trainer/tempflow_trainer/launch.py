@@ -5,6 +5,7 @@ the ranks left behind into one exit code and one line. torchrun alone would answ
 failure. No torch is imported here.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from tempflow_api import checkpoint_layout, naming, termination
-from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid, Problem, TempFlowError
+from tempflow_api.errors import (
+    NOT_IN_TIME,
+    AddressInUse,
+    ExitCode,
+    ManifestInvalid,
+    Problem,
+    StoreUnavailable,
+    TempFlowError,
+)
 from tempflow_api.status import Progress
 from tempflow_api.termination import LastWords
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
@@ -29,6 +39,8 @@ from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 TERMINATION_LOG = Path("/dev/termination-log")
 # Between torchrun's kill of a rank that will not stop and the kill of everything.
 SHUTDOWN_RESERVE_SECONDS = 10
+# A file of each rank that catches SIGTERM.
+BEGAN = "rank-*.began"
 
 
 @dataclass(frozen=True)
@@ -130,23 +142,55 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
         raise ManifestInvalid("the environment", [problem])
     job = read_job(Path(environment[naming.ENV_JOB_FILE]))
     work = Path(environment[naming.ENV_WORK_DIR])
-    results = work / "ranks"
-    shutil.rmtree(results, ignore_errors=True)
+    results = _emptied(work / "ranks")
     rendezvous = Rendezvous.of(job, environment)
-    requests: list[int] = []
+    requests: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: requests.append(received))
+        signal.signal(number, lambda _received, _frame: requests.append(time.monotonic()))
     environment = _with_packages(job.spec, work, environment)
     child = subprocess.Popen(rendezvous.command(), env=_child_environment(job, environment))
     status = _wait(child, requests)
     shutil.rmtree(work / "staging", ignore_errors=True)
     code, message = how_it_ended(status, results, rendezvous)
-    if requests and not list(results.glob("rank-*.json")):
-        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
+    if requests and code == ExitCode.RANK_DIED:
+        seconds = time.monotonic() - requests[0]
+        began = len(list(results.glob(BEGAN))) == rendezvous.processes
+        return stopped(message, seconds, _stop_seconds(job.spec), began=began)
     return code, message
 
 
-def _wait(child: subprocess.Popen[bytes], requests: list[int]) -> int:
+def _emptied(folder: Path) -> Path:
+    """The folder, with nothing in it: where the disk fills later, a file in it may still begin."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreUnavailable(f"cannot write {folder}: {error.strerror}") from error
+    return folder
+
+
+def stopped(message: str, seconds: float, most: float, *, began: bool) -> tuple[int, str]:
+    """Code and message when a rank died ``seconds`` after the request to stop.
+
+    Args:
+        message: of the rank, or about it.
+        seconds: until all had ended.
+        most: after so many seconds torchrun kills what is left.
+        began: whether all ranks had come so far that SIGTERM does not end them at once; before that
+            none does anything.
+    """
+    if not began:
+        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
+    if seconds >= most:
+        return NOT_IN_TIME, (
+            f"killed before it could stop, {seconds:.0f} s after it was asked to; the run "
+            "continues from its last checkpoint; allow more with "
+            "spec.runPolicy.terminationGracePeriodSeconds"
+        )
+    return ExitCode.RANK_DIED, message
+
+
+def _wait(child: subprocess.Popen[bytes], requests: list[float]) -> int:
     """Until the child ends; a request to stop is passed on, as SIGTERM, once."""
     passed_on = False
     while True:
@@ -158,6 +202,10 @@ def _wait(child: subprocess.Popen[bytes], requests: list[int]) -> int:
             return child.wait(timeout=0.1)
         except subprocess.TimeoutExpired:
             continue
+
+
+def _stop_seconds(spec: JobSpec) -> int:
+    return spec.run_policy.termination_grace_period_seconds - SHUTDOWN_RESERVE_SECONDS
 
 
 def _with_packages(spec: JobSpec, work: Path, environment: Mapping[str, str]) -> Mapping[str, str]:
@@ -172,10 +220,9 @@ def _with_packages(spec: JobSpec, work: Path, environment: Mapping[str, str]) ->
 
 
 def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> dict[str, str]:
-    grace = job.spec.run_policy.termination_grace_period_seconds
     return {
         # torchrun kills its ranks after 30 seconds whatever the pod's grace period is.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace - SHUTDOWN_RESERVE_SECONDS),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_stop_seconds(job.spec)),
         # Torch's threads spin while they wait: with another program beside them, two are forty
         # times slower than one (measured). More processors are used by more processes.
         "OMP_NUM_THREADS": "1",
@@ -189,22 +236,24 @@ def _child_environment(job: TempFlowGRPOJob, environment: Mapping[str, str]) -> 
 def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[int, str]:
     """One code and message from what the ranks of this node wrote.
 
-    A rank's own error comes before that of a rank which only lost its peers; a rank that wrote
-    nothing was killed.
+    A rank's own error comes before that of a rank which only lost its peers; words that were cut
+    off tell of a full disk, and a rank that wrote nothing was killed.
     """
     if status == 0:
         return ExitCode.DONE, ""
     first = rendezvous.node_rank * rendezvous.processes
-    told = {
-        rank: result
-        for rank in range(first, first + rendezvous.processes)
-        if (result := _last_words(results / f"rank-{rank}.json")) is not None
-    }
+    files = {r: results / f"rank-{r}.json" for r in range(first, first + rendezvous.processes)}
+    told = {r: words for r, file in files.items() if (words := _last_words(file)) is not None}
     failed = [told[rank] for rank in sorted(told) if told[rank]["code"] != ExitCode.DONE]
     own = [result for result in failed if result["code"] != ExitCode.RANK_DIED]
     if own:
         return own[0]["code"], own[0]["message"]
-    silent = [r for r in range(first, first + rendezvous.processes) if r not in told]
+    silent = [rank for rank in files if rank not in told]
+    if any(files[rank].exists() for rank in silent):
+        return ExitCode.STORE, (
+            f"cannot write in {results.parent}: is the disk full? Make room there, and the same "
+            "job continues from its last checkpoint"
+        )
     if silent:
         return ExitCode.RANK_DIED, (
             f"rank {silent[0]} died without a word: it was killed, perhaps for want of memory; "
@@ -216,7 +265,7 @@ def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[in
 
 
 def _last_words(file: Path) -> dict[str, Any] | None:
-    """What a rank wrote at its end; None if it wrote nothing, or a full disk cut it off."""
+    """What a rank wrote at its end; None if it wrote nothing, or not to the end."""
     try:
         words: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -251,6 +300,13 @@ def last_commit(environment: Mapping[str, str]) -> LastWords | None:
     )
 
 
+def _say(line: str) -> None:
+    """On stderr, or not at all: where that is a file on a full disk, the exit code has to do."""
+    with contextlib.suppress(OSError):
+        # Past Python's buffer: what stayed in it would fail again at exit, and change the code.
+        os.write(sys.stderr.fileno(), line.encode())
+
+
 def main() -> int:
     """Returns the exit code; its message goes to stderr and to the termination message."""
     try:
@@ -258,7 +314,7 @@ def main() -> int:
     except TempFlowError as error:
         code, message = int(error.exit_code), str(error)
     if message:
-        sys.stderr.write(f"{'note' if code == ExitCode.PREEMPTED else 'error'}: {message}\n")
+        _say(f"{'note' if code == ExitCode.PREEMPTED else 'error'}: {message}\n")
     if TERMINATION_LOG.exists():
         TERMINATION_LOG.write_text(termination.compose(last_commit(os.environ), message))
     return int(code)

@@ -1,5 +1,6 @@
 """One rank of a run: read the job, build its parts, train, and end with the right code."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -19,6 +20,7 @@ from tempflow_api.errors import (
     DeviceMissing,
     ExitCode,
     ManifestInvalid,
+    Preempted,
     Problem,
     RewardFailed,
     StoreUnavailable,
@@ -294,6 +296,8 @@ def train(
     model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")
     run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
+    if ranks.any(stop_requested()):
+        raise Preempted("stopped while it was starting: nothing had been done")
     Session(
         spec=spec,
         run=run,
@@ -337,6 +341,7 @@ def main() -> int:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # launch.py turns it into SIGTERM, once
+    _keep(f"rank-{rank}.began", "")
     code, message = ExitCode.DONE, ""
     try:
         job = read_job(Path(os.environ[naming.ENV_JOB_FILE]))
@@ -346,10 +351,11 @@ def main() -> int:
     except TempFlowError as error:
         code, message = error.exit_code, str(error)
     except Exception as error:  # the edge: a rank must say how it ended
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            traceback.print_exc()
         tail.note(traceback.format_exc())
         code, message = _judge(error)
-    _write_result(rank, code, message)
+    _keep(f"rank-{rank}.json", json.dumps({"rank": rank, "code": int(code), "message": message}))
     if code != ExitCode.FENCED:  # the record is the newer start's
         tail.note(f"{now()} rank {rank} ends with exit code {int(code)}: {message or 'done'}")
         tail.send()
@@ -383,15 +389,14 @@ def _judge(error: Exception) -> tuple[ExitCode, str]:
     return ExitCode.BUG, f"{type(error).__name__}: {text}"
 
 
-def _write_result(rank: int, code: ExitCode, message: str) -> None:
+def _keep(name: str, text: str) -> None:
+    """For the launcher, which tells by these files how the ranks ended."""
     folder = Path(os.environ[naming.ENV_WORK_DIR]) / "ranks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank-{rank}.json").write_text(
-            json.dumps({"rank": rank, "code": int(code), "message": message})
-        )
+        (folder / name).write_text(text)
     except OSError as error:
-        log.error("cannot write how this rank ended: %s", error)
+        log.error("cannot write %s, by which the launcher tells how this ended: %s", name, error)
 
 
 if __name__ == "__main__":

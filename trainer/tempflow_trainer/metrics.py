@@ -1,5 +1,6 @@
 """What a run writes about itself: JSON lines, the progress record, times by phase."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api.course import POINTS, course
 from tempflow_api.record import Evaluation, Metrics
 from tempflow_api.status import Progress
+
+log = logging.getLogger(__name__)
 
 PHASE_NOTE = "in phase: "
 
@@ -62,6 +65,23 @@ def phase_of(error: BaseException) -> str | None:
 def now() -> str:
     """The time as Kubernetes writes it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def say(line: Metrics, epochs: int) -> None:
+    """Log how an epoch went."""
+    log.info(
+        "epoch %d of %d: reward %.4f, %.0f images/s",
+        line.epoch,
+        epochs,
+        line.reward,
+        line.images_per_second,
+    )
+    if line.groups_left_out:
+        log.warning(
+            "epoch %d: %d groups of draws lack a required score and are left out",
+            line.epoch,
+            line.groups_left_out,
+        )
 
 
 class Record:

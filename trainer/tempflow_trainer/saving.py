@@ -55,6 +55,7 @@ class Saver:
         self,
         checkpoints: Checkpoints,
         *,
+        before: Callable[[], None] = lambda: None,
         wait_seconds: float,
         most_failures: int,
         on_end: Callable[[Save], None],
@@ -63,6 +64,8 @@ class Saver:
     ) -> None:
         """
         Args:
+            before: precedes the requests of a save, in the saver's own thread; its failure is a
+                warning, but for Fenced.
             wait_seconds: longest wait for the save before; then the new one is skipped.
             most_failures: so many failed or skipped saves in a row end the run.
             on_end: told of every save that ended, well or not, in the training's thread.
@@ -71,7 +74,7 @@ class Saver:
             after: follows a commit in the saver's own thread; its failure is a warning, but for
                 Fenced.
         """
-        self._checkpoints = checkpoints
+        self._checkpoints, self._before = checkpoints, before
         self._wait_seconds, self._most_failures = wait_seconds, most_failures
         self._on_end, self._write, self._after = on_end, write, after
         self._thread: threading.Thread | None = None
@@ -146,6 +149,12 @@ class Saver:
                 f"would be lost with the next fault: {reason}"
             )
 
+    def _prepare(self, step: int) -> None:
+        try:
+            self._before()
+        except (StoreUnavailable, OSError) as error:
+            log.warning("the record is not stored up to epoch %d: %s", step, error)
+
     def _run(
         self,
         save: Save,
@@ -158,6 +167,7 @@ class Saver:
             with self._checkpoints.staged(state, export) as staged:
                 save.bytes = staged.bytes
                 save.stage_seconds = time.perf_counter() - start
+                self._prepare(save.step)
                 start = time.perf_counter()
                 save.folder = self._checkpoints.send(staged, evaluation)
                 save.send_seconds = time.perf_counter() - start

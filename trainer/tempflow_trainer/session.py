@@ -28,7 +28,7 @@ from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.evaluation import Evaluator, line_of, means_of, write_grid
 from tempflow_trainer.guard import Guard
 from tempflow_trainer.loop import Run, run_epoch
-from tempflow_trainer.metrics import Record, now
+from tempflow_trainer.metrics import Record, now, say
 from tempflow_trainer.origin import Origin, check_same_run
 from tempflow_trainer.record_copy import RecordCopy
 from tempflow_trainer.saving import Save, Saver
@@ -89,6 +89,7 @@ class Session:
         settings = self.spec.checkpoint
         self.saver = Saver(
             self.checkpoints,
+            before=self.copy.send,  # what counts has its record, whenever this process ends
             wait_seconds=settings.max_wait_seconds,
             most_failures=settings.max_failed_saves,
             on_end=self._saved,
@@ -118,15 +119,16 @@ class Session:
 
     def _to_the_end(self) -> None:
         try:
-            if self.epochs_done == 0 or self.committed is None:
-                self._evaluate()
+            if self.run.ranks.agreed(self._owes_evaluation):
+                alarms = self._evaluate()
                 if self.spec.guard.action == "rollback" and self.committed is None:
                     self._commit()  # there is always a place to go back to
+                if alarms:
+                    self._heed(alarms)
             while self.epochs_done < self.spec.algorithm.epochs:
                 self._epoch()
         except Preempted:
-            told = self._commit_in_time()
-            raise Preempted(told) from None
+            raise Preempted(self._commit_in_time()) from None
         except Fenced:
             raise
         except Exception:
@@ -176,26 +178,26 @@ class Session:
         if self.run.ranks.is_first:
             self.record.append(layout.METRICS, self.last)
             self.tracking.epoch(self.last)
-            log.info(
-                "epoch %d of %d: reward %.4f, %.0f images/s",
-                self.epochs_done,
-                self.spec.algorithm.epochs,
-                self.last.reward,
-                self.last.images_per_second,
-            )
-            if self.last.groups_left_out:
-                log.warning(
-                    "epoch %d: %d groups of draws lack a required score and are left out",
-                    self.epochs_done,
-                    self.last.groups_left_out,
-                )
-        last = self.epochs_done == self.spec.algorithm.epochs
-        if last or self.epochs_done % self.spec.evaluation.every_epochs == 0:
-            self.alarms = [*self.alarms, *self._evaluate()]
+            say(self.last, self.spec.algorithm.epochs)
         if self.alarms and self._heed(self.alarms):
             return
-        if last or self.epochs_done % self.spec.checkpoint.every_epochs == 0:
+        if self._is_due(self.spec.evaluation.every_epochs) and (found := self._evaluate()):
+            self.alarms = [*self.alarms, *found]
+            if self._heed(found):
+                return
+        if self._is_due(self.spec.checkpoint.every_epochs):
             self._save()
+
+    def _is_due(self, every_epochs: int) -> bool:
+        """What happens after so many epochs each, and after the last one."""
+        done = self.epochs_done
+        return done == self.spec.algorithm.epochs or done % every_epochs == 0
+
+    def _owes_evaluation(self) -> bool:
+        """Of what it starts from: the start before may have been stopped in that evaluation."""
+        seen = {line.epoch for line in self.record.lines(layout.EVALUATIONS, EvaluationLine)}
+        due = not seen or self._is_due(self.spec.evaluation.every_epochs)
+        return due and self.epochs_done not in seen
 
     def _heed(self, alarms: list[str]) -> bool:
         """Act upon alarms as ``spec.guard`` says; whether the run went back.
@@ -270,7 +272,7 @@ class Session:
     def _evaluate(self) -> list[str]:
         """Draw, score and record; the guard's alarms about it."""
         with self.run.clock("evaluation"), self.run.tuning.values(self.run.ema.values):
-            found = self.evaluator.run()
+            found = self.evaluator.run(self.run.stop_requested)
         self._count_evaluations()
         alarms = self.guard.evaluation(line_of(self.epochs_done, found, None))
         if not self.run.ranks.is_first:
@@ -280,13 +282,11 @@ class Session:
             grid = f"{layout.GRIDS}/epoch-{self.epochs_done:06d}.png"
             labels = [prompt.text for prompt in self.evaluator.prompts]
             write_grid(found.images_PM3HW, labels, self.record.folder / grid)
-        line = line_of(self.epochs_done, found, grid)
-        line = line.model_copy(update={"alarms": alarms})
+        line = line_of(self.epochs_done, found, grid).model_copy(update={"alarms": alarms})
         self.last_evaluation = line
         self.record.append(layout.EVALUATIONS, line)
         self.tracking.evaluation(line)
-        mean = float(found.total.nanmean())
-        log.info("evaluation after %d epochs: reward %.4f", self.epochs_done, mean)
+        log.info("evaluation after %d epochs: reward %.4f", self.epochs_done, line.reward)
         return alarms
 
     def _save(self) -> None:

@@ -1,10 +1,11 @@
 """How the pods of an attempt reach one another: NCCL's variables, and who may talk to whom."""
 
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from tempflow_api.naming import PROGRESS_PORT
 from tempflow_api.pods import Network
-from tempflow_api.storage import Checkpoint
+from tempflow_api.v1alpha1 import JobSpec
 from tempflow_operator.desired.attempt import AttemptOf, Manifest
 
 # https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html, and for EFA
@@ -42,7 +43,7 @@ def network_policy(attempt: AttemptOf) -> Manifest:
     # The operator is in a namespace that the job does not know.
     operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": _OPERATOR_LABELS}}
     dns = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
-    outside = sorted({443, _store_port(attempt.spec.checkpoint)})
+    outside = sorted({443, *_ports_asked(attempt.spec)})
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -63,8 +64,10 @@ def network_policy(attempt: AttemptOf) -> Manifest:
     }
 
 
-def _store_port(checkpoint: Checkpoint) -> int:
-    if checkpoint.endpoint_url is None:
-        return 443
-    address = urlsplit(checkpoint.endpoint_url)
-    return address.port or (80 if address.scheme == "http" else 443)
+def _ports_asked(spec: JobSpec) -> Iterator[int]:
+    """Of the store, and of the rewards that are served elsewhere."""
+    addresses = [spec.checkpoint.endpoint_url] if spec.checkpoint.endpoint_url else []
+    for reward in spec.rewards:
+        addresses += reward.service.endpoints if reward.service is not None else []
+    for address in map(urlsplit, addresses):
+        yield address.port or (80 if address.scheme == "http" else 443)

@@ -139,7 +139,7 @@ class Client:
     def _bring(self, prompts: Prompts, namespace: str, job: str, query: dict[str, str]) -> bool:
         """Create the ConfigMap; False when it is there: its name has the digest of its content."""
         what = f"ConfigMap {namespace}/{prompts.name}"
-        body = prompts.manifest(namespace, job)
+        body = prompts.body(namespace, job)
         path = CONFIG_MAPS.path(namespace)
         try:
             self._connection.send("POST", path, what=what, query=query, body=body)
@@ -167,7 +167,7 @@ class Client:
             self._connection.send("PATCH", path, what=what, body=owned, content_type=MERGE_PATCH)
         except NotFound:
             # It was an earlier job's of that name, and went with it just now.
-            body = prompts.manifest(namespace, meta["name"])
+            body = prompts.body(namespace, meta["name"])
             body["metadata"].update(owned["metadata"])
             self._connection.send("POST", CONFIG_MAPS.path(namespace), what=what, body=body)
 
@@ -259,6 +259,7 @@ class Client:
         previous: bool = False,
         ranks: Sequence[int] = (),
         tail: int | None = None,
+        timeout_seconds: float | None = None,
         on_trouble: Callable[[str], None] | None = None,
     ) -> Iterator[LogLine]:
         """What the pods wrote, in the order of time: of the newest attempt, of ``attempt``, or of
@@ -268,6 +269,7 @@ class Client:
         along; it survives a lost connection and a restart of the API server without losing or
         repeating a line. ``tail`` starts with the last lines of each pod. A pod whose log cannot be
         read any more ends a followed log with its error, or is told to ``on_trouble``.
+        Raises WaitTimeout when a followed log has not ended after ``timeout_seconds``.
         """
         job = self.get(name)
         number = _attempt(job, attempt, previous=previous)
@@ -298,7 +300,7 @@ class Client:
                 follower.start(uid, log)
             return not over
 
-        yield from log_reading.live(follower, more=more)
+        yield from log_reading.live(follower, more=more, timeout_seconds=timeout_seconds)
 
     def _pods(self, job: Job) -> Sequence[Raw]:
         query = {"labelSelector": f"{naming.LABEL_JOB_UID}={job.uid}"}

@@ -148,7 +148,8 @@ def _rights(connection: Connection, _job: TempFlowGRPOJob | None) -> Finding:
     if missing:
         remedy = (
             f"have the role bound: kubectl create rolebinding NAME -n {connection.namespace} "
-            "--clusterrole=tempflow-edit --user=YOU"
+            "--clusterrole=tempflow-edit --user=YOU (--role=tempflow-edit where the operator "
+            "watches some namespaces only; with another release name, that in place of tempflow)"
         )
         return Finding("rights", "fault", f"in {where} you may not {', '.join(missing)}", remedy)
     return Finding("rights", "ok", f"jobs, their logs and events in {where}")

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from tempflow.cluster.connection import PODS, Connection, Raw
-from tempflow.cluster.errors import ClusterError, Invalid, NotFound, Silent
+from tempflow.cluster.errors import ClusterError, Invalid, NotFound, Silent, WaitTimeout
 from tempflow.cluster.job import LogLine
 from tempflow.cluster.watching import Patience
 from tempflow_api import naming
@@ -279,15 +279,25 @@ class Follower:
 
 
 def live(
-    follower: Follower, *, more: Callable[[Follower], bool], poll_seconds: float = 1.0
+    follower: Follower,
+    *,
+    more: Callable[[Follower], bool],
+    poll_seconds: float = 1.0,
+    timeout_seconds: float | None = None,
 ) -> Iterator[LogLine]:
     """Lines in the order of time until ``more``, which is asked once a ``poll_seconds`` and may
-    start further logs, says that no others will come, and all have ended."""
+    start further logs, says that no others will come, and all have ended. Raises WaitTimeout."""
     held = Held()
     last_look, may_come = float("-inf"), True
+    deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
     try:
         while True:
             now = time.monotonic()
+            if now >= deadline:
+                yield from held.rest()
+                raise WaitTimeout(
+                    f"the log goes on after {timeout_seconds:.0f} s, and so does the job"
+                )
             if may_come and now - last_look >= poll_seconds:
                 may_come, last_look = more(follower), now
                 if not may_come:

@@ -24,13 +24,15 @@ class Prompts:
     key: str
     text: str
 
-    def manifest(self, namespace: str, job_name: str) -> Raw:
+    def body(self, namespace: str | None, job_name: str) -> Raw:
+        metadata: Raw = {"name": self.name}
+        if namespace is not None:
+            metadata["namespace"] = namespace
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {
-                "name": self.name,
-                "namespace": namespace,
+                **metadata,
                 "labels": {
                     "app.kubernetes.io/name": "tempflow",
                     "app.kubernetes.io/instance": job_name,
@@ -59,6 +61,13 @@ class Submission:
         if namespace is not None:
             raw["metadata"]["namespace"] = namespace
         return raw
+
+    def bodies(self, namespace: str | None) -> list[Raw]:
+        """All objects that are created, in their order."""
+        job = self.body(namespace)
+        if self.prompts is None:
+            return [job]
+        return [self.prompts.body(namespace, self.job.metadata.name), job]
 
 
 def prepare(manifest: Manifest) -> Submission:

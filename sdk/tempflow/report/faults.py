@@ -82,12 +82,14 @@ def self_test(record: RunRecord) -> list[Row]:
     if found is None:
         return []
     reward = "-" if found.reward is None else number(found.reward)
+    walked = "-" if found.rollout_difference is None else number(found.rollout_difference)
     return [
         ("device", f"{found.device}, {found.precision}"),
         ("trained parameters", f"{found.trained_parameters:,}"),
         ("tensors that get a gradient", str(found.tensors_with_gradient)),
         ("of these, changed by one step", str(found.tensors_changed)),
-        ("rollout and update differ by", number(found.rollout_difference)),
+        ("rollout and update differ by", walked),
+        ("calls as full as the rollout's differ by", number(found.full_call_difference)),
         ("a row alone differs by", number(found.one_row_difference)),
         ("which may be", number(found.bound)),
         ("reward of the image drawn", reward),

@@ -1,7 +1,7 @@
 """``tempflow sample``: pictures drawn with a trained model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,10 @@ def sample(
     base: Annotated[
         bool, typer.Option("--base", help="Draw with the model as it was before training.")
     ] = False,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None,
+        typer.Option("--device", help="Draw there, not on the device of the run."),
+    ] = None,
 ) -> None:
     """Draw images with a trained model: one row a prompt.
 
@@ -31,9 +35,12 @@ def sample(
     Examples:
       tempflow sample runs/digits --prompt 'a three' --prompt 'a seven'
       tempflow sample runs/digits --prompt 'a three' --base --out before.png
+      tempflow sample result-of-a-gpu --prompt 'a cat' --device cpu
     """
     from tempflow import local, sampling
 
     local.require_trainer()
-    code = sampling.sample(source, prompts, count=count, seed=seed, out=out, base=base)
+    code = sampling.sample(
+        source, prompts, count=count, seed=seed, out=out, base=base, device=device
+    )
     raise typer.Exit(code)

@@ -21,6 +21,7 @@ from tempflow_api.errors import ExitCode
 if TYPE_CHECKING:
     from tempflow.cluster.client import Client
     from tempflow.cluster.job import Job
+    from tempflow.cluster.submission import Submission
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -83,7 +84,7 @@ def submit(
     manifests = [manifest.read(name, overrides or ()) for name in names]
     submissions = [prepare(one) for one in manifests]
     if dry_run == "client":
-        _print_bodies([s.body(namespace or s.job.metadata.namespace) for s in submissions], output)
+        _print_submissions(submissions, namespace, output)
         return
     with client(kubeconfig, context, namespace) as cluster:
         jobs: list[Job] = []
@@ -97,13 +98,18 @@ def submit(
                 _see_through(cluster, job, follow=follow, limit=limit, text=output == "text")
 
 
-def _print_bodies(bodies: "list[dict[str, object]]", output: str) -> None:
+def _print_submissions(submissions: "list[Submission]", namespace: str | None, output: str) -> None:
     import json
 
     import yaml
 
+    bodies = [
+        body
+        for submission in submissions
+        for body in submission.bodies(namespace or submission.job.metadata.namespace)
+    ]
     if output == "name":
-        typer.echo("\n".join(str(body["metadata"]["name"]) for body in bodies))  # type: ignore[index]
+        typer.echo("\n".join(submission.job.metadata.name for submission in submissions))
     elif output == "json":
         typer.echo("\n".join(json.dumps(body, indent=2, ensure_ascii=False) for body in bodies))
     else:
@@ -126,20 +132,27 @@ def _see_through(
     cluster: "Client", job: "Job", *, follow: bool, limit: float | None, text: bool
 ) -> None:
     """Until the job has ended; what is shown beside the logs goes where no program reads."""
+    import time
+
     from tempflow.cluster import showing
     from tempflow.cluster.errors import JobFailed
     from tempflow.render import say
 
+    started = time.monotonic()
     screen = console(stderr=follow or not text)
     try:
         if follow:
             prefix = job.spec.compute.nodes > 1
             for line in cluster.logs(
-                job.name, follow=True, on_trouble=lambda told: typer.echo(told, err=True)
+                job.name,
+                follow=True,
+                timeout_seconds=limit,
+                on_trouble=lambda told: typer.echo(told, err=True),
             ):
                 typer.echo(showing.log_text(line, prefix=prefix, timestamps=False))
         with showing.look(screen, plain=follow) as look:
-            done = cluster.wait(job.name, timeout_seconds=limit, on_change=look.show)
+            left = None if limit is None else max(0.0, started + limit - time.monotonic())
+            done = cluster.wait(job.name, timeout_seconds=left, on_change=look.show)
     except JobFailed as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(ExitCode.JOB_FAILED) from None

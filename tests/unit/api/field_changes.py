@@ -22,6 +22,8 @@ LEAVES = dict(leaves(crd.spec_schema()))
 # Another value that the schema and the rules take, where the first that fits the type does not.
 OTHER: dict[str, object] = {
     "algorithm.advantage.scope": "prompt",
+    "algorithm.branchSet.count": None,  # takes a choice other than all
+    "algorithm.branchSet.everyEpochs": None,  # takes a sliding window
     "algorithm.branchSteps": [0],
     "algorithm.method": None,  # takes three fields at once
     "algorithm.promptsPerEpoch": 8,

@@ -71,14 +71,22 @@ _BUILTIN = _position("the only built-in", "spec.model.source")
 _REVISION = _position("is of a Hugging Face id", "spec.model.revision")
 _PROMPTS = _position("exactly one", "spec.data")
 _PROMPTS_KEY = _position("promptsFile is then", "spec.data.promptsConfigMap")
-_SIXTEEN = _position("width and height are multiples", "spec.sampling.width")
-_FOURTEEN = _position("the digits family", "spec.sampling.width")
-_EVALUATION_SIZE = _position("width and height of an ev", "spec.evaluation.width")
+_SIXTEEN_WIDE = _position("is a multiple of 16", "spec.sampling.width")
+_SIXTEEN_HIGH = _position("is a multiple of 16", "spec.sampling.height")
+_FOURTEEN_WIDE = _position("is 14", "spec.sampling.width")
+_FOURTEEN_HIGH = _position("is 14", "spec.sampling.height")
+_EVALUATED_WIDTH = _position("is what the family", "spec.evaluation.width")
+_EVALUATED_HEIGHT = _position("is what the family", "spec.evaluation.height")
 _LAST_STEP = _position("each is less", "spec.algorithm.branchSteps")
 _STEP_TWICE = _position("no step", "spec.algorithm.branchSteps")
 _NO_BRANCHES = _position("is 1 with", "spec.algorithm.branchesPerSeed")
 _PROMPT_SCOPE = _position("is prompt with", "spec.algorithm.advantage.scope")
 _CANDIDATES = _position("is at most the number", "spec.algorithm.branchSet.count")
+_COUNT_OF_ALL = _position("is left out with choose", "spec.algorithm.branchSet.count")
+_NO_SLIDING = _position("is left out unless choose", "spec.algorithm.branchSet.everyEpochs")
+_NO_DEVIATION = _position("is left out with deviation", "spec.algorithm.advantage.epsilon")
+_NO_DIVERGENCE = _position("is left out where klCoefficient", "spec.algorithm.klForm")
+_NO_TAIL = _position("is left out where flow-grpo", "spec.sampling.tail")
 _CPS_WEIGHTS = _position("is none with sde cps", "spec.algorithm.weighting")
 _CPS_KL = _position("is exact or velocity", "spec.algorithm.klForm")
 _CPS_MERGE = _position("is 0 with sde cps", "spec.algorithm.mergeBelow")
@@ -130,11 +138,16 @@ BREAKERS = (
         _PROMPTS_KEY,
         {"data.prompts": None, "data.promptsFile": "a/b.txt", "data.promptsConfigMap": "p"},
     ),
-    Breaker("odd width", _SIXTEEN, {**_SD3, "sampling.width": 500, "sampling.height": 512}),
-    Breaker("odd height", _SIXTEEN, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
-    Breaker("large digits", _FOURTEEN, {"sampling.width": 28, "sampling.height": 28}),
-    Breaker("high digits", _FOURTEEN, {"sampling.height": 28}),
-    Breaker("large evaluation of digits", _EVALUATION_SIZE, {"evaluation.width": 28}),
+    Breaker("odd width", _SIXTEEN_WIDE, {**_SD3, "sampling.width": 500, "sampling.height": 512}),
+    Breaker("odd height", _SIXTEEN_HIGH, {**_SD3, "sampling.width": 512, "sampling.height": 520}),
+    Breaker("wide digits", _FOURTEEN_WIDE, {"sampling.width": 28}),
+    Breaker("high digits", _FOURTEEN_HIGH, {"sampling.height": 28}),
+    Breaker("wide evaluation of digits", _EVALUATED_WIDTH, {"evaluation.width": 28}),
+    Breaker(
+        "odd height of an evaluation",
+        _EVALUATED_HEIGHT,
+        {**_SD3, "sampling.width": 64, "sampling.height": 64, "evaluation.height": 72},
+    ),
     Breaker("last step", _LAST_STEP, {"algorithm.branchSteps": [0, 9]}),
     Breaker("step twice", _STEP_TWICE, {"algorithm.branchSteps": [3, 0, 3]}),
     Breaker(
@@ -178,6 +191,35 @@ BREAKERS = (
             "algorithm.branchSteps": [0, 1, 2],
             "algorithm.branchSet": {"choose": "random", "count": 4},
         },
+    ),
+    Breaker("a number of all", _COUNT_OF_ALL, {"algorithm.branchSet": {"count": 2}}),
+    Breaker(
+        "a window that never slides",
+        _NO_SLIDING,
+        {"algorithm.branchSet": {"choose": "window", "count": 2, "everyEpochs": 5}},
+    ),
+    Breaker(
+        "beside no deviation",
+        _NO_DEVIATION,
+        {"algorithm.advantage": {"deviation": "none", "epsilon": 0.1}},
+    ),
+    Breaker(
+        "a form of nothing",
+        _NO_DIVERGENCE,
+        {"algorithm.klCoefficient": 0, "algorithm.klForm": "velocity"},
+    ),
+    *(
+        Breaker(
+            f"a tail of nothing, {name}",
+            _NO_TAIL,
+            {
+                "algorithm.method": "flow-grpo",
+                "algorithm.branchesPerSeed": 1,
+                "algorithm.advantage": {"scope": "prompt"},
+                "sampling.tail": tail,
+            },
+        )
+        for name, tail in (("dpm2", {"solver": "dpm2"}), ("short", {"steps": 2}))
     ),
     Breaker("weights with cps", _CPS_WEIGHTS, {"sampling.sde": "cps"}),
     Breaker(

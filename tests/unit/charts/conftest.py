@@ -6,7 +6,15 @@ import pytest
 
 from tests.helm import CHART, Helm, find_helm
 
+HERE = Path(__file__).parent
 CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of them take helm, whose wheel is for one platform."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.helm)
 
 
 def name_of(values: Path) -> str:

@@ -150,6 +150,12 @@ def test_the_test_pod_runs_the_file_as_it_is(helm: Helm) -> None:
     assert script.strip() == source.strip()
 
 
+def test_no_values_file_makes_a_webhook(helm: Helm, ci_values: Path) -> None:
+    """The API server checks jobs by itself: with none there are no certificates to renew."""
+    found = kinds(helm.objects("--values", str(ci_values)))
+    assert not [kind for kind in found if "Webhook" in kind or kind == "APIService"]
+
+
 def test_values_files_name_no_registry() -> None:
     for path in (CHART / "ci").glob("*.yaml"):
         image = yaml.safe_load(path.read_text(encoding="utf-8"))["image"]

@@ -32,6 +32,9 @@ IMAGE = ("--set", "image.repository=r/tempflow-operator", "--set", "image.tag=v1
         ("crds.enabled=maybe", "/crds/enabled"),
         ("resources.limits.memory=plenty", "/resources/limits/memory"),
         ("networkPolicy.apiServerPorts={0}", "/networkPolicy/apiServerPorts/0"),
+        ("admissionPolicy.maxGpus=-1", "/admissionPolicy/maxGpus"),
+        ("admissionPolicy.allowedImages={a b}", "/admissionPolicy/allowedImages/0"),
+        ("admissionPolicy.enabled=true", "bounds nothing: set admissionPolicy.maxGpus"),
         ("metrics.serviceMonitor.interval=often", "/metrics/serviceMonitor/interval"),
     ],
 )

@@ -138,6 +138,10 @@ def fail_silently() -> int:
     return 3
 
 
+def fail_without_a_log() -> int:
+    return 88
+
+
 def stop_on_request() -> int:
     """Two epochs, then wait for SIGTERM and leave as the trainer does."""
     stopping = []
@@ -148,6 +152,17 @@ def stop_on_request() -> int:
         time.sleep(0.01)
     progress(2, "checkpoint")
     return 85
+
+
+def stop_too_late() -> int:
+    """An epoch, then wait for SIGTERM and leave as the trainer does that had to be killed."""
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+    epoch(1)
+    while not stopping:
+        time.sleep(0.01)
+    sys.stderr.write("error: killed before it could stop\n")
+    return 128 + signal.SIGTERM
 
 
 def ignore_requests() -> int:

@@ -350,15 +350,53 @@ CASES = [
         "picture of another size",
         "width: 14",
         "width: 28",
-        "job.yaml:17: spec.sampling.width: the digits family draws 14 x 14 pixels: set width and "
-        "height to 14",
+        "job.yaml:17: spec.sampling.width: is 14 for the digits family, which draws 14 x 14 "
+        "pixels; got width 28, model.family 'digits'",
+    ),
+    case(
+        "picture that is too high",
+        "height: 14",
+        "height: 28",
+        "job.yaml:18: spec.sampling.height: is 14 for the digits family, which draws 14 x 14 "
+        "pixels; got height 28, model.family 'digits'",
+    ),
+    case(
+        "evaluation of another size",
+        "  compute:",
+        "  evaluation: {height: 28}\n  compute:",
+        "job.yaml:34: spec.evaluation.height: is what the family can draw: 14 for digits, a "
+        "multiple of 16 for the others; got height 28, model.family 'digits'",
+    ),
+    case(
+        "entries that a rule looks at",
+        "  compute:",
+        "  compute:\n    podTemplate:\n      volumes: [{name: data, mountPath: /tmp, secret: s}]",
+        "job.yaml:36: spec.compute.podTemplate.volumes: are not mounted at /etc/tempflow, "
+        "/var/tempflow, /var/cache/tempflow, /home/tempflow, /tmp, /dev/shm: the trainer has "
+        "volumes of its own there; got volumes[0].mountPath '/tmp'",
+    ),
+    case(
+        "entry that lacks what a rule looks at",
+        "  compute:",
+        "  compute:\n    podTemplate:\n      volumes: [{name: data, mountPath: /data}]",
+        "job.yaml:36: spec.compute.podTemplate.volumes: each has exactly one of "
+        "persistentVolumeClaim, configMap, secret and emptyDir; got no "
+        "volumes[0].persistentVolumeClaim, no volumes[0].configMap, no volumes[0].secret, no "
+        "volumes[0].emptyDir",
+    ),
+    case(
+        "more values than a line takes",
+        "  algorithm:",
+        "  algorithm:\n    branchSteps: [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]",
+        "job.yaml:21: spec.algorithm.branchSteps: no step is listed twice; got branchSteps [0, 1, "
+        "2, 3, 4, 5, 6, 7, ...]",
     ),
     case(
         "rule about an absent field",
         "    lora: {rank: 8, alpha: 16}\n",
         "",
         "job.yaml:6: spec.model.lora: belongs to tuning: lora, and is required there (write "
-        "'lora: {}' for the defaults)",
+        "'lora: {}' for the defaults); got no lora, tuning 'lora'",
     ),
     case(
         "rule beside an error elsewhere",
@@ -366,8 +404,10 @@ CASES = [
         "    wdith: 14\n  algorithm:\n    branchesPerSeed: 1\n    branchSteps: [1, 1]",
         "job.yaml:16: spec.sampling.wdith: unknown field; did you mean 'width'?",
         "job.yaml:18: spec.algorithm.branchesPerSeed: a group needs two draws to compare: "
-        "branchesPerSeed (times seedsPerPrompt with scope prompt) is at least 2",
-        "job.yaml:19: spec.algorithm.branchSteps: no step is listed twice",
+        "branchesPerSeed (times seedsPerPrompt with scope prompt) is at least 2; got "
+        "branchesPerSeed 1, advantage.scope 'seed', method 'tempflow', branchSet.choose 'all', "
+        "seedsPerPrompt 2",
+        "job.yaml:19: spec.algorithm.branchSteps: no step is listed twice; got branchSteps [1, 1]",
         "job.yaml:23: spec.algorithm.branchesPerSeed: is given twice, first in line 18: keep one",
     ),
     # YAML itself.

@@ -227,10 +227,10 @@ class TestRun:
             "  diversity    0.34 -> 0.29",
             "  work         71,400 network evaluations, 21,600 images scored",
             (
-                "  time         1:03: rollout 0:40, scoring 0:02, update 0:15, evaluation 0:05, "
-                "checkpoint 0:01"
+                "  time         1:03 in phases: rollout 0:40, scoring 0:02, update 0:15, "
+                "evaluation 0:05, checkpoint 0:01"
             ),
-            "  peak memory  610.4 MiB",
+            "  peak memory  610.4 MiB, of the first process",
             f"  result       {folder}/checkpoints/step-0000000004-attempt-000000",
             "next: tempflow sample runs/demo --prompt 'a three' --out grid.png",
         ]
@@ -291,7 +291,10 @@ class TestRun:
         done = shell("run", "job.yaml")
         assert (done.returncode, done.stderr) == (
             2,
-            "error: training needs torch, not installed here: pip install 'tempflow[trainer]'\n",
+            (
+                "error: training needs torch, not installed here: "
+                "pip install '.[trainer]' in the project's folder\n"
+            ),
         )
         assert not (shell.folder / "runs").exists()
 
@@ -331,7 +334,8 @@ class TestRun:
 class TestSample:
     def test_what_the_sampler_gets(self, shell: Shell) -> None:
         done = shell(
-            "sample", ".", "--prompt", "a three", "--prompt", "--x", "--count", "4", "--base"
+            *("sample", ".", "--prompt", "a three", "--prompt", "--x", "--count", "4", "--base"),
+            *("--device", "cpu"),
         )
         assert done.returncode == 80
         assert json.loads(done.stdout) == [
@@ -342,6 +346,7 @@ class TestSample:
             "--seed=0",
             "--out=grid.png",
             "--base",
+            "--device=cpu",
         ]
 
     def test_a_folder_that_is_not_there(self, shell: Shell) -> None:

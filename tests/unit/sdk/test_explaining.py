@@ -1,10 +1,13 @@
 """``tempflow explain`` and the trainer that it asks."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
 from tempflow import cli, explaining
 from tempflow.manifest import parse_text
@@ -67,5 +70,24 @@ def test_what_if_and_both_forms(
     assert told.seconds is not None
     assert told.seconds.rollout == pytest.approx(8 * 39 / 5)
     text = "\n".join(explaining.lines(told))
+    assert f"weights are noise x {told.weight_normaliser:.4f}" in text
+    for weighting, words in (("guard", "weights are 1 / |dt| x"), ("none", "weights are 1 at")):
+        assert words in "\n".join(
+            explaining.lines(told.model_copy(update={"weighting": weighting}))
+        )
     for words in ("4 prompts x 2 start noises x 3 steps x 6 draws", "144", "seconds an epoch"):
         assert words in text
+
+
+def test_the_page_names_every_key_and_no_other() -> None:
+    """The table of ``docs/explain.md`` against the classes: keys, and what is inside of them."""
+    page = (Path(__file__).parents[3] / "docs" / "explain.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", page.partition("## The JSON")[2], re.M)
+    told = {key: text for names, text in rows for key in re.findall(r"`(\w+)(?:\[\])?`", names)}
+    assert sorted(told) == sorted(Explanation.model_fields)
+    for key, field in Explanation.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                # Names of fields of a job are in camel case.
+                words = {w for w in re.findall(r"`(\w+)`", told[key]) if w == w.lower()}
+                assert words == set(kind.model_fields), key

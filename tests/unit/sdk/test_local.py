@@ -161,6 +161,17 @@ class TestFailure:
         assert outcome.problem == "the trainer failed with exit code 3"
         assert "not finite" in outcome.log.read_text()
 
+    def test_a_code_of_the_trainer_s_own_without_a_line_in_the_log(
+        self, manifest: Manifest, runs: Path
+    ) -> None:
+        outcome = local.run(manifest, Listener(), work_dir=runs, command=fake("fail_without_a_log"))
+        assert outcome.code == ExitCode.STORE
+        assert outcome.problem == (
+            "the trainer failed with exit code 88 (The checkpoint store, or the run's own folder, "
+            "is missing, full or refuses.) and could not log why: is the disk of "
+            f"{outcome.folder} full?"
+        )
+
     def test_killed_from_outside(self, manifest: Manifest, runs: Path) -> None:
         outcome = local.run(manifest, Listener(), work_dir=runs, command=fake("be_killed"))
         assert outcome.code == 137
@@ -189,6 +200,13 @@ class TestStop:
         listener = Listener(at_epoch=lambda: os.kill(os.getpid(), signal.SIGTERM))
         outcome = local.run(manifest, listener, work_dir=runs, command=fake("stop_on_request"))
         assert outcome.code == ExitCode.PREEMPTED
+
+    def test_a_trainer_that_could_not_stop_in_time_says_so(
+        self, manifest: Manifest, runs: Path
+    ) -> None:
+        listener = Listener(at_epoch=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        outcome = local.run(manifest, listener, work_dir=runs, command=fake("stop_too_late"))
+        assert (outcome.code, outcome.problem) == (143, "killed before it could stop")
 
     def test_a_trainer_that_is_still_starting_just_ends(
         self, manifest: Manifest, runs: Path
@@ -344,7 +362,8 @@ class TestRefusals:
         with pytest.raises(Refused) as caught:
             local.require_trainer(["json", "no_such_module"])
         assert str(caught.value) == (
-            "training needs no_such_module, not installed here: pip install 'tempflow[trainer]'"
+            "training needs no_such_module, not installed here: pip install '.[trainer]' in the "
+            "project's folder"
         )
 
     def test_fresh_refuses_an_earlier_run(self, manifest: Manifest, runs: Path) -> None:

@@ -220,10 +220,18 @@ class TestOverrides:
                 "spec.compute.device: got nothing: expects 'cuda' or 'cpu' (from --set)",
             ),
             (
-                "spec.sampling.width=28",
+                "spec.sampling.height=28",
                 (
-                    "spec.sampling.width: the digits family draws 14 x 14 pixels: set width and "
-                    "height to 14 (from --set)"
+                    "spec.sampling.height: is 14 for the digits family, which draws 14 x 14 "
+                    "pixels; got height 28 (from --set), model.family 'digits'"
+                ),
+            ),
+            (
+                "spec.algorithm.branchSteps=[0, 9]",
+                (
+                    "spec.algorithm.branchSteps: each is less than sampling.steps - 1: the last "
+                    "step has almost no noise, its likelihood overflows; got branchSteps [0, 9] "
+                    "(from --set), sampling.steps 10"
                 ),
             ),
         ],

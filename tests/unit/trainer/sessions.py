@@ -27,7 +27,8 @@ def never() -> bool:
 
 
 def after(calls: int) -> Callable[[], bool]:
-    """Asks to stop from the given question on; an epoch asks three times."""
+    """Asks to stop from the given question on; an epoch asks three times, an evaluation before
+    each of its calls."""
     asked: list[None] = []
 
     def stop_requested() -> bool:

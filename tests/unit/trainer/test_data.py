@@ -193,6 +193,19 @@ def test_a_damaged_dataset_is_described(
         load(folder)
 
 
+def test_a_broken_row_is_named_as_people_count(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "a cat"}, {"prompt": " "}]
+    with pytest.raises(ManifestInvalid) as found:
+        load(dataset(tmp_path / "train", rows))
+    assert found.value.problems[0].line == 2
+
+
+def test_several_splits_are_asked_for_one(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(ManifestInvalid, match=r"name one, as in .*/train"):
+        load(tmp_path)
+
+
 def test_a_dataset_without_prompts_lists_what_it_has(tmp_path: Path) -> None:
     folder = dataset(tmp_path / "train", [{"caption": "a cat", "url": "x"}])
     with pytest.raises(ManifestInvalid, match='text in column "prompt"; there is caption, url'):

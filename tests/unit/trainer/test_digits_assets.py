@@ -19,6 +19,7 @@ from tempflow_trainer.rewards.digits import (
     DigitLogProbability,
     diversity_within_digit,
 )
+from tools.digits.evaluate import JUDGED_ACCURACY, MOST_LOSS
 
 ASSETS = Path(str(files("tempflow_trainer"))) / "assets" / "digits"
 SAMPLE = Path(__file__).parents[2] / "data" / "digits_test_sample.safetensors"
@@ -78,7 +79,8 @@ def test_draws_the_prompted_digit_in_half_to_three_quarters_of_the_cases(
     drawn: tuple[list[str], Tensor],
 ) -> None:
     prompts, images_N3HW = drawn
-    assert 0.50 <= judged(images_N3HW, prompts) <= 0.75
+    low, high = JUDGED_ACCURACY
+    assert low <= judged(images_N3HW, prompts) <= high
 
 
 def test_every_digit_leaves_room_to_learn_and_something_to_start_from(
@@ -123,7 +125,7 @@ def test_velocity_loss_keeps_its_bound_and_needs_the_right_prompt(pipeline: Digi
         predicted = velocity(pipeline, noisy_N1HW, sigma_N, text)
         return float((predicted - (noise_N1HW - x_N1HW)).square().mean())
 
-    assert loss(0) < 0.30
+    assert loss(0) < MOST_LOSS
     assert loss(0) < min(loss(shift) for shift in range(1, 10))
 
 

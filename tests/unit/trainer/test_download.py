@@ -2,20 +2,26 @@
 
 import hashlib
 import multiprocessing
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from boto3.s3.transfer import TransferConfig
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_trainer.models import download
 from tempflow_trainer.models.download import fetch
+from tests.unit.trainer.conftest import BUCKET
 
 FILES = {"model_index.json": b"{}", "transformer/weights.bin": bytes(range(256)) * 30}
 
+FOLDER = download.folder_of("bucket/model")
+
 
 class Shop:
-    """The two calls of an fsspec filesystem that a download makes, counted."""
+    """The calls of an fsspec filesystem that a download makes, counted."""
 
     def __init__(self, files: dict[str, bytes] = FILES, *, breaks_after: int | None = None) -> None:
         self.files = {f"bucket/model/{name}": content for name, content in files.items()}
@@ -29,6 +35,10 @@ class Shop:
             for key, content in self.files.items()
             if key.startswith(prefix)
         }
+
+    def call_s3(self, what: str, *, Bucket: str, Key: str, PartNumber: int) -> dict[str, Any]:
+        assert (what, PartNumber) == ("head_object", 1)
+        return {"ContentLength": len(self.files[f"{Bucket}/{Key}"])}
 
     def cat_file(self, key: str, *, start: int, end: int) -> bytes:
         if self.left is not None:
@@ -74,12 +84,48 @@ def test_a_copy_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, calls: int
 
 
 def test_a_damaged_copy_is_not_kept(tmp_path: Path) -> None:
-    partial = tmp_path / "bucket--model.partial/transformer"
+    partial = tmp_path / f"{FOLDER}.partial/transformer"
     partial.mkdir(parents=True)
-    (partial / "weights.bin.arriving").write_bytes(b"x" * 500)
+    tag = hashlib.md5(FILES["transformer/weights.bin"]).hexdigest()
+    (partial / f"weights.bin.{tag}.arriving").write_bytes(b"x" * 500)
     with pytest.raises(ModelUnavailable, match=r"weights\.bin has digest .* try again"):
         copy(Shop(), tmp_path)
     assert contents(copy(Shop(), tmp_path)) == FILES
+
+
+def test_an_object_that_was_replaced_between_two_tries_begins_anew(tmp_path: Path) -> None:
+    old = {**FILES, "transformer/weights.bin": bytes(7680)}
+    with pytest.raises(OSError, match="reset"):
+        copy(Shop(old, breaks_after=4), tmp_path)
+    assert (
+        contents(copy(Shop(), tmp_path))["transformer/weights.bin"]
+        == FILES["transformer/weights.bin"]
+    )
+
+
+def test_two_prefixes_never_share_a_folder() -> None:
+    assert download.folder_of("bucket/x/y") != download.folder_of("bucket/x--y")
+
+
+def test_an_object_that_was_uploaded_in_parts_is_checked_too(
+    s3_client: Any, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a real server tags it."""
+    monkeypatch.setattr(download, "_CHUNK", 1 << 20)
+    content = bytes(range(256)) * 24_000
+    config = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20)
+    s3_client.upload_fileobj(BytesIO(content), BUCKET, "big/weights.bin", Config=config)
+    source, prefix = f"s3://{BUCKET}/big", f"{BUCKET}/big"
+    filesystem, _ = fsspec.url_to_fs(source, endpoint_url=s3_endpoint, skip_instance_cache=True)
+    found = filesystem.find(prefix, detail=True)
+    (tag,) = [about["ETag"].strip('"') for about in found.values()]
+    assert tag.endswith("-2")
+    assert contents(fetch(filesystem, source, prefix, tmp_path)) == {"weights.bin": content}
+    damaged = tmp_path / "again" / f"{download.folder_of(prefix)}.partial"
+    damaged.mkdir(parents=True)
+    (damaged / f"weights.bin.{tag}.arriving").write_bytes(b"x" * 500)
+    with pytest.raises(ModelUnavailable, match=r"weights\.bin has digest .*-2, the store says"):
+        fetch(filesystem, source, prefix, tmp_path / "again")
 
 
 def test_an_empty_prefix_is_an_error(tmp_path: Path) -> None:
@@ -103,4 +149,4 @@ def test_processes_that_start_together_download_once(tmp_path: Path) -> None:
         process.join(30)
     total = sum(counts.get(timeout=10) for _ in processes)
     assert total == sum(map(len, FILES.values()))
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["bucket--model"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [FOLDER]

@@ -1,7 +1,8 @@
 """Evaluations: fixed noise, the ranks' shares, diversity, and the picture of it all."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tempflow_api.errors import Preempted
 from tempflow_trainer.data import Prompt, load_prompts
+from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.evaluation import Evaluator, diversity, write_grid
 from tempflow_trainer.main import build_run, evaluator_of
 from tempflow_trainer.models import families
 from tempflow_trainer.rewards.base import Reward, Term
 from tests.numerics.toys import Brightness, prompts_of, run_of, spec_of
 from tests.unit.trainer.family_cases import ALONE, CPU, SD3
+from tests.unit.trainer.sessions import after
 
 law = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -105,6 +109,44 @@ def test_ranks_that_work_in_step_draw_as_many_images(
     drawn = [one._share(jobs, one.ranks.rank).tolist() for one in every]
     assert sorted(index for own in drawn for index in own) == list(range(jobs))
     assert len({len(own) + one._filling(jobs) for one, own in zip(every, drawn, strict=True)}) == 1
+
+
+@law
+@given(images=st.integers(1, 9), at_a_time=st.integers(1, 4), world=st.integers(1, 4))
+def test_ranks_ask_one_another_equally_often_whether_to_stop(
+    images: int, at_a_time: int, world: int
+) -> None:
+    """Else one would wait in a collective that another one never enters."""
+
+    @dataclass(frozen=True)
+    class Asked(Ranks):
+        def any(self, flag: bool) -> bool:
+            asked[self.rank] += 1
+            return flag
+
+    plain = evaluator({"evaluation": {"steps": 2, "prompts": 1, "imagesPerPrompt": images}})
+    asked = [0] * world
+    for rank in range(world):
+        one = replace(
+            plain,
+            ranks=Asked(rank, world, 0),
+            walker=replace(plain.walker, rows_per_call=at_a_time),
+        )
+        mine = len(one._share(images, rank))
+        jobs = [(one.prompts[0], image) for image in range(mine)]
+        assert len(one._draw(jobs, one._calls(images), lambda: False)) == mine
+    assert asked == [math.ceil(math.ceil(images / world) / at_a_time)] * world
+
+
+@pytest.mark.parametrize("stops", range(4))
+def test_an_evaluation_stops_before_any_of_its_calls(stops: int) -> None:
+    plain = evaluator({"evaluation": {"steps": 2, "prompts": 2, "imagesPerPrompt": 4}})
+    calls = replace(plain, walker=replace(plain.walker, rows_per_call=2))
+    count = calls.walker.policy.evaluations
+    with pytest.raises(Preempted):
+        calls.run(after(stops))
+    assert count["evaluation"] == stops * 2 * 2
+    assert len(calls.run(after(4)).total) == 8
 
 
 def noise_images(prompts: int, count: int, seed: int) -> torch.Tensor:

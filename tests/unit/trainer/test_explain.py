@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tempflow.manifest import parse_text
 from tempflow.presets import all_presets, preset
 from tempflow_api.errors import ManifestInvalid, ModelUnavailable
+from tempflow_api.explanation import Explanation
 from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer import loop
+from tempflow_trainer.algorithm import advantages
+from tempflow_trainer.algorithm.branching import BranchPlan
 from tempflow_trainer.data import PromptOrder, load_prompts
 from tempflow_trainer.explain import explain
 from tempflow_trainer.footprint import LiveBytes
@@ -26,7 +29,7 @@ from tests.numerics.toys import FLOW_GRPO, spec_of
 from tests.unit.trainer.family_cases import ALONE, CPU, DIGITS, FLUX, KLEIN, QWEN, SD3, Case
 
 LORA: dict[str, object] = {"model.tuning": "lora", "model.lora": {"rank": 4, "alpha": 8}}
-SIX: dict[str, dict[str, object]] = {
+JOBS: dict[str, dict[str, object]] = {
     "default": {},
     "two updates, a reference": {
         "algorithm.updatesPerEpoch": 2,
@@ -42,6 +45,14 @@ SIX: dict[str, dict[str, object]] = {
     },
     "drawn in parts": {"compute.groupsPerRollout": 3, "compute.rowsPerCall": 9},
     "more steps, every weight": {"sampling.steps": 8, "algorithm.klCoefficient": 0.001},
+    "merged steps": {"sampling.steps": 8, "algorithm.mergeBelow": 0.4},
+    "flow-grpo, merged, by |dt|": {
+        **FLOW_GRPO,
+        "algorithm.weighting": "guard",
+        "sampling.steps": 8,
+        "algorithm.mergeBelow": 0.4,
+    },
+    "compared by prompt": {"algorithm.advantage": {"scope": "prompt"}, "sampling.sde": "dance"},
 }
 
 
@@ -62,7 +73,7 @@ def started(spec: JobSpec, folder: Path) -> Run:
     return build_run(spec, model, load_prompts(spec), ALONE, CPU, lambda: False)
 
 
-@pytest.mark.parametrize("changes", SIX.values(), ids=SIX)
+@pytest.mark.parametrize("changes", JOBS.values(), ids=JOBS)
 def test_counts_are_those_of_an_executed_epoch(changes: dict[str, object], tmp_path: Path) -> None:
     spec = spec_of(changes)
     told, run = explain(job_of(spec)), started(spec, tmp_path)
@@ -100,13 +111,45 @@ def test_counts_are_those_of_an_executed_epoch(changes: dict[str, object], tmp_p
             break
         rollout_calls, rows = rollout_calls + 1, rows + more
     assert rollout_calls == geometry.rollout_calls
-    schedule = run.walker.schedule
-    assert [s.sigma for s in told.schedule] == schedule.sigmas[:-1].tolist()
+    steps_are_those_of(told, run)
+    compared_are_those_of(told, run)
     weights = [s.weight for s in told.schedule if s.branched]
     assert weights == pytest.approx(run.exploration.weights_S(run.exploration.plan(0)).tolist())
     raw = [s.weight_raw * told.weight_normaliser for s in told.schedule if s.branched]
     assert raw == pytest.approx(weights)
     assert told.trained_parameters == sum(p.numel() for p in run.tuning.parameters().values())
+
+
+def steps_are_those_of(told: Explanation, run: Run) -> None:
+    """What the walker draws at a branch step, wherever it leads, and what it would draw at the
+    others."""
+    schedule, plan = run.walker.schedule, run.exploration.plan(0)
+    assert [s.sigma for s in told.schedule] == schedule.sigmas[:-1].tolist()
+    branched = [s for s in told.schedule if s.branched]
+    assert [s.step for s in branched] == list(plan.steps)
+    drawn = run.walker.transitions(plan)
+    assert [s.dt for s in branched] == pytest.approx(drawn.dt_S.tolist(), rel=1e-12)
+    assert [s.noise_std for s in branched] == pytest.approx(drawn.noise_std_S.tolist(), rel=1e-12)
+    landed = [float(schedule.sigmas[landing]) for landing in plan.landings]
+    assert [s.sigma_next for s in branched] == landed
+    others = [s for s in told.schedule if not s.branched]
+    plain = BranchPlan(schedule.steps, tuple(s.step for s in others), 1, trunk_follows_draw=False)
+    would = run.walker.transitions(plain)
+    assert [s.dt for s in others] == pytest.approx(would.dt_S.tolist(), rel=1e-12)
+    assert [s.noise_std for s in others] == pytest.approx(would.noise_std_S.tolist(), rel=1e-12)
+
+
+def compared_are_those_of(told: Explanation, run: Run) -> None:
+    """The draws whose rewards an advantage reads: those that move it when they change."""
+    ids_G = torch.tensor(
+        [g.prompt.id for share in run.order.shares(0, rank=0, world=1) for g in share]
+    )
+    plan = run.exploration.plan(0)
+    rewards_GSK = torch.rand(len(ids_G), len(plan.steps), plan.draws, dtype=torch.float64)
+    rewards_GSK.requires_grad_()
+    advantages.normalised_GSK(rewards_GSK, ids_G, run.advantage_rule)[0, 0, 0].backward()
+    assert rewards_GSK.grad is not None
+    assert told.groups.compared == int(rewards_GSK.grad.count_nonzero())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -134,7 +177,11 @@ def test_every_family_is_explained_from_its_configuration(case: Case, tmp_path: 
     sigmas = real.schedule(spec.sampling.steps, height, width).sigmas
     assert [s.sigma for s in told.schedule] == sigmas[:-1].tolist()
     assert told.flops.rollout > 0 < told.flops.training
-    assert min(told.memory_bytes.rollout, told.memory_bytes.update) > 0
+    memory = told.memory_bytes
+    assert min(memory.rollout, memory.update) > 0
+    assert memory.text_encoders == bytes_of(*real.text_encoders())
+    decoder = None if real.pipeline is None else real.pipeline.components["vae"]
+    assert memory.autoencoder == (bytes_of(decoder) if decoder is not None else 0)
 
 
 @pytest.mark.slow
@@ -216,6 +263,16 @@ def test_memory_is_what_the_allocator_gave(changes: dict[str, object], tmp_path:
     run = started(spec, tmp_path)
     stays = told.transformer + told.text_encoders + told.average + told.reference
     loop.run_epoch(run, 0)  # gradients and moments are there from now on
+    network, *reference = run.tuning.networks()
+    parameters = run.tuning.parameters().values()
+    moments = [
+        run.optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")
+    ]
+    assert told.transformer == bytes_of(network)
+    assert told.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    assert told.optimizer == sum(moment.nbytes for moment in moments)
+    assert told.average == sum(value.nbytes for value in run.ema.values.values())
+    assert told.reference == bytes_of(*reference)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         loop.run_epoch(run, 1)
     trace = tmp_path / "trace.json"
@@ -227,6 +284,11 @@ def test_memory_is_what_the_allocator_gave(changes: dict[str, object], tmp_path:
         highest = max(highest, level)
     expected = told.total - stays - told.gradients - told.optimizer
     assert highest == pytest.approx(expected, rel=0.2)
+
+
+def bytes_of(*modules: nn.Module) -> int:
+    tensors = [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def is_memory(event: dict[str, Any]) -> bool:

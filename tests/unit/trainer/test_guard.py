@@ -1,6 +1,7 @@
 """The guard: which epochs it alarms about, and what a run does then."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -26,9 +27,10 @@ from tempflow_trainer.data import load_prompts
 from tempflow_trainer.guard import Guard
 from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
+from tempflow_trainer.rewards.base import Reward, Term
 from tempflow_trainer.session import Session
 from tempflow_trainer.store import FolderStore
-from tests.numerics.toys import spec_of
+from tests.numerics.toys import Brightness, spec_of
 from tests.unit.trainer.family_cases import ALONE, CPU
 from tests.unit.trainer.sessions import Rows, after, epochs, final_state, rows, session_of
 from tests.unit.trainer.test_learning import text_of_example
@@ -226,6 +228,49 @@ def assert_course_of_what_counts(told: list[Progress], found: Rows) -> None:
     assert [len(one.reward_course) for one in told] == [one.epoch for one in told]
     rewards = [row["reward"] for row in found]
     assert told[-1].reward_course == pytest.approx(rewards, rel=1e-3)
+
+
+class Judge(Brightness):
+    """Likes what the trained reward does not."""
+
+    def score(
+        self,
+        images_N3HW: torch.Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, object]],
+    ) -> torch.Tensor:
+        return -super().score(images_N3HW, prompts, metadata)
+
+
+def test_a_held_out_reward_that_falls_takes_the_run_back(tmp_path: Path) -> None:
+    """To the checkpoint before the evaluation that told it: nothing is stored after an alarm."""
+    deaf = dict.fromkeys(
+        ("guard.ratioDrift", "guard.gradNorm", "guard.zeroSpreadShare", "guard.rewardDrop"), 0.0
+    )
+    spec = spec_of(
+        {
+            **ROLLBACK,
+            **deaf,
+            "algorithm.epochs": 8,
+            "optimizer.learningRate": 0.05,
+            "evaluation.everyEpochs": 2,
+            "checkpoint.everyEpochs": 2,
+            "guard.heldOutDrop": 4.0,
+        }
+    )
+    plain = session_of(spec, tmp_path)
+    terms = [Term("brightness", 1.0, Brightness()), Term("judge", 0.0, Judge())]
+    judged = replace(plain.evaluator, reward=Reward(terms))
+    told: list[Progress] = []
+    session = replace(plain, evaluator=judged, announce=told.append)
+    session.train()
+    alarms = [alarm for one in told for alarm in one.alarms]
+    assert any("held-out reward judge is" in alarm for alarm in alarms)
+    assert session.rollbacks == 1
+    assert not any(row["alarms"] for row in rows(tmp_path, layout.EVALUATIONS))
+    first, *_, last = rows(tmp_path, layout.EVALUATIONS)
+    lost = first["rewards"]["judge"]["mean"] - last["rewards"]["judge"]["mean"]
+    assert lost < 4.0 * first["rewards"]["judge"]["std"]
 
 
 def test_a_rollback_is_not_forgotten_by_a_restart(tmp_path: Path) -> None:

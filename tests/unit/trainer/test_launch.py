@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tempflow_api import naming
-from tempflow_api.errors import AddressInUse, ExitCode, ManifestInvalid
+from tempflow_api.errors import NOT_IN_TIME, AddressInUse, ExitCode, ManifestInvalid
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
-from tempflow_trainer.launch import Rendezvous, how_it_ended, last_commit, read_job
+from tempflow_trainer.launch import Rendezvous, how_it_ended, last_commit, read_job, stopped
 from tempflow_trainer.progress import ProgressServer
 from tests.numerics.toys import spec_of
 
@@ -71,15 +71,40 @@ def test_how_it_ended(
     assert ended(tmp_path, status, told) == expected
 
 
+@pytest.mark.parametrize(
+    ("seconds", "began", "code", "words"),
+    [
+        (5.0, True, NOT_IN_TIME, "killed before it could stop, 5 s after it was asked"),
+        (5.0, False, ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"),
+        (4.9, False, ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"),
+        (4.9, True, ExitCode.RANK_DIED, KILLED.format(0)),
+    ],
+    ids=["in vain", "one had not begun, the other waited", "as it started", "for another reason"],
+)
+def test_a_rank_that_died_when_asked_to_stop(
+    seconds: float, began: bool, code: int, words: str
+) -> None:
+    found, said = stopped(KILLED.format(0), seconds, 5, began=began)
+    assert found == code
+    assert said.startswith(words)
+
+
 def test_only_the_ranks_of_this_node_are_read(tmp_path: Path) -> None:
     told: Told = {0: (ExitCode.STORE, "of the other node"), 2: (ExitCode.REWARD, "nan"), 3: LOST}
     assert ended(tmp_path, 1, told, node_rank=1) == (ExitCode.REWARD, "nan")
 
 
 @pytest.mark.parametrize("content", ["", '{"rank": 0, "co'], ids=["empty", "cut"])
-def test_words_that_a_full_disk_cut_off_are_no_words(tmp_path: Path, content: str) -> None:
+def test_words_that_are_cut_off_tell_of_a_full_disk(tmp_path: Path, content: str) -> None:
     (tmp_path / "rank-0.json").write_text(content)
-    assert ended(tmp_path, 1, {1: LOST}) == (ExitCode.RANK_DIED, KILLED.format(0))
+    code, message = ended(tmp_path, 1, {1: LOST})
+    assert code == ExitCode.STORE
+    assert message.startswith(f"cannot write in {tmp_path.parent}: is the disk full?")
+
+
+def test_another_rank_knows_more_than_words_that_are_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.json").write_text("")
+    assert ended(tmp_path, 1, {1: (ExitCode.REWARD, "nan")}) == (ExitCode.REWARD, "nan")
 
 
 def job(**compute: object) -> TempFlowGRPOJob:

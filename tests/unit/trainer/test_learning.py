@@ -21,7 +21,7 @@ EPOCHS = 40
 
 
 class Shuffled(Walker):
-    """Credits each draw with the reward of another draw of the same group and step."""
+    """Deals the rewards of a group and step to its draws at random; some keep their own."""
 
     def collect(self, *args: object, **kwargs: object) -> Rollouts:
         rollouts = super().collect(*args, **kwargs)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def starting_from(uri: Path | str, mode: str, folder: Path, given: JobSpec) -> S
 def first(tmp_path: Path) -> Path:
     """A run that ended after two of four epochs."""
     with pytest.raises(Preempted):
-        session_of(spec(), tmp_path / "first", stop_requested=after(6)).train()
+        session_of(spec(), tmp_path / "first", stop_requested=after(8)).train()
     return tmp_path / "first"
 
 

@@ -153,7 +153,7 @@ def test_the_digits_model_goes_on_after_a_stop_as_if_there_was_none(
         changes |= {"model.tuning": "full", "model.lora": None}
     in_this_process(tmp_path / "whole", changes, monkeypatch)
     with pytest.raises(Preempted, match="stopped after 2 of 4 epochs"):
-        in_this_process(tmp_path / "parts", changes, monkeypatch, questions=6)
+        in_this_process(tmp_path / "parts", changes, monkeypatch, questions=8)
     in_this_process(tmp_path / "parts", changes, monkeypatch)
     folders = work_of(tmp_path / "whole"), work_of(tmp_path / "parts")
     whole, parts = (final_state(folder) for folder in folders)

@@ -118,6 +118,33 @@ def test_a_success_forgives_and_failures_in_a_row_end_the_run(beside: Beside) ->
     assert len(beside.after) == 1
 
 
+@pytest.mark.parametrize("error", [StoreUnavailable("denied"), FileNotFoundError("gone"), None])
+def test_the_record_is_stored_before_the_checkpoint_counts_but_it_may_fail(
+    beside: Beside, error: Exception | None
+) -> None:
+    counted: list[list[int]] = []
+
+    def store_record() -> None:
+        counted.append(beside.steps())
+        if error is not None:
+            raise error
+
+    saver = Saver(
+        beside.run,
+        before=store_record,
+        wait_seconds=20,
+        most_failures=2,
+        on_end=beside.ended.append,
+        write=beside.lines.append,
+        after=lambda: None,
+    )
+    saver.begin(beside.state(1), lambda _folder: None, {})
+    assert saver.settle(20)
+    assert counted == [[]]
+    assert beside.steps() == [1]
+    assert [save.error for save in beside.ended] == [None]
+
+
 def test_a_start_that_was_taken_over_learns_it(beside: Beside, tmp_path: Path) -> None:
     Checkpoints(FolderStore(tmp_path / "store"), tmp_path, 1, 1, Retention(2)).begin()
     beside.offer(1)

@@ -3,12 +3,14 @@
 ::
 
     <cache>/
-      bucket--prefix.lock          held by the process that copies
-      bucket--prefix.partial/      what there is so far; the next one goes on from here
-      bucket--prefix/              whole
+      bucket--prefix-1a2b3c4d.lock          held by the process that copies
+      bucket--prefix-1a2b3c4d.partial/      what there is so far; the next one goes on from here
+      bucket--prefix-1a2b3c4d/              whole
 
-Processes of one node and pods that share a volume wait for the one that copies. A file is renamed
-to its name when it is whole and its digest is the store's.
+The digits are of the prefix's digest: ``a/b`` and ``a--b`` are two. Processes of one node and pods
+that share a volume wait for the one that copies. A file is renamed to its name when it is whole and
+its digest is the store's. What has arrived of an object bears the object's tag, so that one which
+was replaced meanwhile begins anew.
 """
 
 import fcntl
@@ -35,7 +37,7 @@ def fetch(
         ModelUnavailable: nothing is there, or a copy is not what the store says it is.
         OSError: store or disk fail; what has arrived is kept for the next try.
     """
-    target = cache / prefix.strip("/").replace("/", "--")
+    target = cache / folder_of(prefix)
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,12 @@ def fetch(
     return target
 
 
+def folder_of(prefix: str) -> str:
+    """Where the copy of a prefix lies in a cache."""
+    name = prefix.strip("/")
+    return f"{name.replace('/', '--')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 @contextmanager
 def _held(lock: Path) -> Iterator[None]:
     """The kernel lets go of the lock when its holder dies."""
@@ -67,29 +75,44 @@ def _copy(filesystem: Any, key: str, about: dict[str, Any], file: Path) -> None:
     if file.is_file() and file.stat().st_size == size:
         return  # whole, or it would have another name
     file.parent.mkdir(parents=True, exist_ok=True)
-    arriving = file.with_name(f"{file.name}.arriving")
+    tag = str(about.get("ETag", "")).strip('"')
+    arriving = file.with_name(f"{file.name}.{tag}.arriving")
     have = arriving.stat().st_size if arriving.is_file() else 0
-    if have > size:
-        arriving.unlink()
-        have = 0
     with arriving.open("ab") as out:
         while have < size:
             chunk = filesystem.cat_file(key, start=have, end=min(have + _CHUNK, size))
             out.write(chunk)
             have += len(chunk)
-    _check(arriving, key, str(about.get("ETag", "")).strip('"'))
+    _check(filesystem, arriving, key, tag)
     arriving.rename(file)
 
 
-def _check(file: Path, key: str, tag: str) -> None:
-    """The tag of an object that was uploaded in one piece is its MD5; of others nobody knows."""
-    if len(tag) != 32:
+def _check(filesystem: Any, file: Path, key: str, tag: str) -> None:
+    """An object's tag is its MD5, or that of the MD5 of the parts in which it was uploaded; not
+    where a key of its own encrypts it, of which nobody outside the store knows a digest."""
+    expected, _, parts = tag.partition("-")
+    if len(expected) != hashlib.md5(usedforsecurity=False).digest_size * 2:
         return
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False))
-    if digest.hexdigest() != tag:
+    bucket, _, path = key.partition("/")
+    first = filesystem.call_s3("head_object", Bucket=bucket, Key=path, PartNumber=1)
+    if str(first.get("ServerSideEncryption", "")).startswith("aws:kms"):
+        return
+    found = _tag_of(file, int(first["ContentLength"]) if parts else None)
+    if found != tag:
         file.unlink()
         raise ModelUnavailable(
-            f"spec.model.source: the copy of {key} has digest {digest.hexdigest()}, the store says "
-            f"{tag}: it was damaged on its way; try again"
+            f"spec.model.source: the copy of {key} has digest {found}, the store says {tag}: it "
+            "was damaged on its way; try again"
         )
+
+
+def _tag_of(file: Path, part_size: int | None) -> str:
+    """As S3 computes it; ``part_size`` in bytes, None for an object of one piece."""
+    whole, count = hashlib.md5(usedforsecurity=False), 0
+    with file.open("rb") as content:
+        if part_size is None:
+            return hashlib.file_digest(content, lambda: whole).hexdigest()
+        while part := content.read(part_size):
+            whole.update(hashlib.md5(part, usedforsecurity=False).digest())
+            count += 1
+    return f"{whole.hexdigest()}-{count}"

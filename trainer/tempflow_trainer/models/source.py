@@ -71,7 +71,10 @@ def open_pipeline(kind: Any, source: str, *, revision: str | None, dtype: torch.
         return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except ModelUnavailable as error:
         raise ModelUnavailable(f"{refused}{error}") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    # RuntimeError: weights that are not of its configuration. ImportError: a package is missing.
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelUnavailable(f"{refused}{_one_line(error)}") from error
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -206,19 +206,33 @@ def load_result(model: FlowModel, folder: Path) -> None:
     """Apply an exported result, an ``adapter`` or a ``transformer`` folder, to ``model``.
 
     Raises:
-        ModelUnavailable: neither is there, or it is of another model.
+        ModelUnavailable: neither is there, damaged, or it is of another model.
     """
     adapter, transformer = folder / layout.ADAPTER / LORA_FILE, folder / layout.TRANSFORMER
     if adapter.is_file():
-        _load_adapter(model, adapter)
+        with _as_unavailable(adapter):
+            _load_adapter(model, adapter)
     elif transformer.is_dir():
-        trained = type(model.transformer).from_pretrained(transformer)
-        model.transformer = trained.to(model.transformer.device).eval()
+        with _as_unavailable(transformer):
+            trained = type(model.transformer).from_pretrained(transformer)
+            model.transformer = trained.to(model.transformer.device).eval()
     else:
         raise ModelUnavailable(
             f"{folder} holds no result: expected {layout.ADAPTER}/{LORA_FILE} or "
             f"{layout.TRANSFORMER}/"
         )
+
+
+@contextmanager
+def _as_unavailable(place: Path) -> Iterator[None]:
+    """What the libraries raise for files that are missing, cut, or made for another model."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ModelUnavailable(f"{place} cannot be loaded into this model: {text}") from error
 
 
 def _load_adapter(model: FlowModel, file: Path) -> None:

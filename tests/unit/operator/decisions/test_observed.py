@@ -25,7 +25,7 @@ class TestTrainingJob:
     def test_a_broken_rule_is_a_problem(self) -> None:
         job = training_job(make_job().spec("sampling.width", 15).build())
         (problem,) = job.problems
-        assert problem.startswith("spec.sampling.width: the digits family draws 14 x 14 pixels")
+        assert problem.startswith("spec.sampling.width: is 14 for the digits family")
 
     def test_a_status_of_a_newer_operator_is_understood(self) -> None:
         job = training_job(make_job().with_status({"attempt": 3, "mood": "good"}).build())

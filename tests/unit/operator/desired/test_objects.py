@@ -407,6 +407,13 @@ class TestWhatAJobAsksOfItsPods:
         allowed = [rule["ports"] for rule in policy["spec"]["egress"] if "to" not in rule]
         assert [entry["port"] for entry in allowed[1]] == ports
 
+    def test_a_policy_lets_the_ranks_ask_rewards_that_are_served_elsewhere(self) -> None:
+        served = {"endpoints": ["http://scorer:8090", "http://other/v1", "https://third"]}
+        reward = {"name": "pickscore", "service": served}
+        job = make_job().spec("compute.network", {"policy": True}).spec("rewards", [reward])
+        egress = objects(job)["NetworkPolicy"]["spec"]["egress"]
+        assert [entry["port"] for entry in egress[2]["ports"]] == [80, 443, 8090]
+
     @pytest.mark.parametrize(
         ("cache", "volume"),
         [
