@@ -1,7 +1,8 @@
 """Rewards whose models live elsewhere: behind a chat interface, or in a package of their own.
 
 Neither the published weights nor the packages are here. The chat server is a real HTTP server that
-answers as OpenAI's interface does; the packages are stand-ins with the signatures of the real ones.
+answers as OpenAI's interface does; the packages are stand-ins with what hpsv3 1.0 and image-reward
+1.5 take and give.
 """
 
 import base64
@@ -18,7 +19,7 @@ from PIL import Image
 
 from tempflow_api.errors import RewardFailed
 from tempflow_api.v1alpha1 import RewardTerm
-from tempflow_trainer.rewards import registry, wire
+from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Reward, Scores
 from tempflow_trainer.rewards.transport import ServiceFailed
 from tempflow_trainer.rewards.unified_reward import MODEL, UnifiedReward, mark_of
@@ -168,9 +169,12 @@ def test_hpsv3_is_the_mean_and_gets_pictures_and_prompts_by_name(
 
 def test_image_reward_scores_picture_by_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
-        def score(self, prompt: str, image_path: io.BytesIO) -> float:
-            pixels = wire.decode_image(image_path.read(), max_pixels=10_000)
-            return float(pixels[0].float().mean()) - len(prompt)
+        # Release 1.5 calls the second one image and refuses what is neither picture nor path.
+        def score(self, prompt: str, image: object) -> float:
+            if not isinstance(image, Image.Image | str):
+                raise TypeError("Please pass PIL.Image or file path str.")
+            assert isinstance(image, Image.Image)
+            return float(image.getpixel((0, 0))[0]) - len(prompt)  # type: ignore[index]
 
     def load(name: str, device: str, download_root: str) -> Model:
         assert (name, device) == ("ImageReward-v1.0", "cpu")
