@@ -109,13 +109,13 @@ def test_what_is_wrong_with_the_server_is_said_at_the_start(
 ) -> None:
     with running(chat(lambda _body: "", models=("other", "third"))) as url:
         with pytest.raises(RewardFailed, match=r"has no 'CodeGoat24/.*', it has other, third"):
-            UnifiedReward(endpoints=f"{url}/v1")
+            UnifiedReward(endpoints=f"{url}/v1").meet()
         monkeypatch.setenv("CHAT_KEY", "not the key")
         reward = UnifiedReward(endpoints=f"{url}/v1", model="other", token_variable="CHAT_KEY")
         with pytest.raises(ServiceFailed, match="refuses with status 401"):
             reward.score(reds(1), ["a"], [{}])
     with pytest.raises(RewardFailed, match="the model's server is not there"):
-        UnifiedReward(endpoints=f"{url}/v1", timeout_seconds=0.3)
+        UnifiedReward(endpoints=f"{url}/v1", timeout_seconds=0.3).meet()
     for endpoints in ("", "host:8000"):
         with pytest.raises(RewardFailed, match=f"got '{endpoints}', expected addresses"):
             UnifiedReward(endpoints=endpoints)
