@@ -167,7 +167,7 @@ def undisturbed(
 ) -> Witnessed:
     """The short job, left alone."""
     started = time.monotonic()
-    job = scenario.submit(user, team, s3, "undisturbed")
+    job = scenario.submit(user, team, s3, "undisturbed", compute__gpusPerProcess=1)
     seen = witness(job, store, tmp_path_factory.mktemp("result") / "digits")
     say(f"undisturbed job ended and pulled after {time.monotonic() - started:.0f} s")
     return seen

@@ -24,6 +24,10 @@ class How(StrEnum):
     KILLED_BEFORE = "killed before it is sent"
     KILLED_AFTER = "killed before it is answered"
     UNANSWERED = "carried out, the answer is lost"
+    REFUSED = "not carried out, 429 or 500"
+
+
+_REFUSALS = (429, 500)
 
 
 @dataclass
@@ -74,6 +78,8 @@ class Proxy:
         if writes is not None and cut and writes.how is How.KILLED_BEFORE:
             self._kill()
             return _no_answer(request)
+        if writes is not None and cut and writes.how is How.REFUSED:
+            return web.Response(status=_REFUSALS[writes.count % 2], headers={"Retry-After": "1"})
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP}
         async with self._session.request(
             request.method, self._url + request.raw_path, headers=headers, data=body or None

@@ -40,8 +40,10 @@ SMALL = {
     "spec.checkpoint.everyEpochs": COMMIT_EVERY,
     "spec.evaluation.everyEpochs": 100,
     "spec.evaluation.steps": 4,
-    "spec.evaluation.prompts": 2,
-    "spec.evaluation.imagesPerPrompt": 2,
+    "spec.evaluation.prompts": 10,
+    "spec.evaluation.imagesPerPrompt": 4,
+    # Learns visibly in so few epochs.
+    "spec.optimizer.learningRate": 0.01,
     # Nothing enforces it on the test cluster; it is one more object of every attempt.
     "spec.compute.network.policy": "true",
 }
@@ -239,6 +241,13 @@ class Store:
             lambda: self.has_committed(job, COMMIT_EVERY),
             deadline_seconds=300,
         )
+
+    def evaluations(self, job: Submission) -> list[JsonObject]:
+        """What the run's record says of each evaluation."""
+        key = f"/{BUCKET}/runs/{job.run_id()}/{layout.EVALUATIONS}"
+        status, body = request("GET", self.s3.presigned_url("GET", key))
+        assert status == 200
+        return [json.loads(line) for line in body.decode().splitlines()]
 
     def list(self, job: Submission) -> str:
         return self._tempflow("checkpoints", "list", self.uri(job), *self._endpoint())

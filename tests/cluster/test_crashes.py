@@ -1,9 +1,10 @@
-"""The operator's process, killed at every write that it makes for a job, and answers that get lost.
+"""The operator's process, killed at every write that it makes for a job, and answers that fail.
 
 The operator is the real program, with the rights that the chart grants. Between it and a real API
 server stands a proxy; the Job controller is real, and the test is the kubelet. A death between two
 reads leaves what the last write left, so the cut points are all writes: before each is sent, after
-each is carried out, and carried out with its answer lost on an operator that lives on.
+each is carried out, and carried out with its answer lost on an operator that lives on. Such an
+operator also meets a server that refuses each of them once, with 429 or 500.
 
 All jobs share one operator: each sees the deaths of the others at any moment beside its own.
 """
