@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tempflow_trainer import distributed, scoring
 
+distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=3)
 scoring.BEAT_SECONDS = float(sys.argv[1])
 rank = int(os.environ["RANK"])
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -30,7 +31,12 @@ def score(on_call):
     on_call("slow", 23)
     return {"slow": torch.full((64,), float(rank))}
 
-MEET
+# The short time-out is for collectives, not for the imports of a busy machine.
+ready = [Path(__file__).with_name(f"ready-{n}") for n in range(2)]
+ready[rank].touch()
+while not all(file.exists() for file in ready):
+    time.sleep(0.01)
+ranks = distributed.join()
 work = scoring.Scoring(["quick", "slow"], ranks)
 work.submit(64, score)
 scores = ranks.gather_rows(work.wait()["slow"])
@@ -39,48 +45,11 @@ distributed.leave()
 """
 
 
-SELF_TEST = """
-import logging, os, sys, time
-from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
-from tempflow_trainer import distributed, scoring, selftest
-from tempflow_trainer.rewards.base import Reward, Term
-from tests.numerics.toys import Brightness, run_of, spec_of
-
-scoring.BEAT_SECONDS = float(sys.argv[1])
-rank = int(os.environ["RANK"])
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-
-class Slow(Brightness):
-    def score(self, *arguments):
-        time.sleep(6.0 * rank)
-        return super().score(*arguments)
-
-spec = spec_of()
-run = run_of(spec)
-MEET
-report = selftest.examine(replace(run, ranks=ranks), Reward([Term("slow", 1.0, Slow())]), spec)
-print(selftest.problem(report))
-distributed.leave()
-"""
-
-# The short time-out is for collectives, not for the imports of a busy machine.
-MEET = """
-distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=3)
-ready = [Path(__file__).with_name(f"ready-{n}") for n in range(2)]
-ready[rank].touch()
-while not all(file.exists() for file in ready):
-    time.sleep(0.01)
-ranks = distributed.join()
-"""
-
-
-def two_ranks(folder: Path, beat_seconds: float, script: str = RANK) -> list[subprocess.Popen[str]]:
+def two_ranks(folder: Path, beat_seconds: float) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (folder / "rank.py").write_text(script.replace("MEET", MEET))
+    (folder / "rank.py").write_text(RANK)
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -108,18 +77,6 @@ def test_a_reward_slower_than_the_collectives_bear_costs_time_only(tmp_path: Pat
     assert [process.returncode for process in processes] == [0, 0], said + other
     assert first == second == "[0.0, 64.0]\n"
     assert "waiting for reward slow on rank 1: 41/64 images after " in said
-
-
-def test_the_self_test_waits_for_a_slow_reward_as_an_epoch_does(tmp_path: Path) -> None:
-    processes = two_ranks(tmp_path, beat_seconds=0.5, script=SELF_TEST)
-    try:
-        (first, said), (second, other) = (p.communicate(timeout=90) for p in processes)
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said + other
-    assert first == second == "None\n"
-    assert "waiting for reward slow on rank 1: 0/1 images after " in said
 
 
 def test_without_the_beats_the_job_would_die(tmp_path: Path) -> None:
