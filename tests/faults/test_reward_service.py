@@ -74,11 +74,11 @@ def proxy(server: str) -> Iterator[tuple[str, FaultProxy]]:
 
 
 def remote(url: str, *, required: bool = True, deadline: float = DEADLINE) -> Reward:
+    """A client that was told what is served, before any fault."""
     service = RewardService(
         endpoints=[url], timeout_seconds=min(TIMEOUT, deadline), deadline_seconds=deadline
     )
     reward = registry.build([RewardTerm(name=REWARD, service=service)])
-    reward.terms[0].scorer.batch_size  # noqa: B018 (asks the service what it is, before the fault)
     return Reward([replace(reward.terms[0], required=required)])
 
 
