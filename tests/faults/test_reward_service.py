@@ -74,11 +74,11 @@ def proxy(server: str) -> Iterator[tuple[str, FaultProxy]]:
 
 
 def remote(url: str, *, required: bool = True, deadline: float = DEADLINE) -> Reward:
+    """A client that was told what is served, before any fault."""
     service = RewardService(
         endpoints=[url], timeout_seconds=min(TIMEOUT, deadline), deadline_seconds=deadline
     )
     reward = registry.build([RewardTerm(name=REWARD, service=service)])
-    reward.terms[0].scorer.batch_size  # noqa: B018 (asks the service what it is, before the fault)
     return Reward([replace(reward.terms[0], required=required)])
 
 
@@ -106,6 +106,7 @@ def test_a_fault_that_passes_changes_no_score(proxy: tuple[str, FaultProxy], fau
         ("hang", "no answer within 0.6 s"),
         ("reset", "Server disconnected"),
         ("500", "status 500: .*a bad day"),
+        ("503", "status 503: .*a bad day"),
         ("429", "status 429: .*a bad day"),
         ("truncated", "payload is not completed"),
     ],
@@ -134,6 +135,8 @@ def test_a_fault_that_stays_ends_by_the_deadline_and_is_named(
         ("infinite", "gives a score of Infinity"),
         ("400", "refuses with status 400"),
         ("401", "refuses with status 401"),
+        ("413", "refuses with status 413"),
+        ("422", "refuses with status 422"),
     ],
 )
 def test_a_wrong_answer_is_an_error_at_once(
@@ -172,6 +175,21 @@ def test_a_server_that_is_not_there_yet_is_waited_for(server: str) -> None:
     with proxied(server, port):
         waiting.join(15)
     assert torch.equal(found[0], in_process())
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["never there", "killed"])
+def test_a_server_that_stays_away_ends_by_the_deadline_and_is_named(killed: bool) -> None:
+    process, url = start()
+    reward = remote(url)
+    if killed:
+        assert torch.equal(score(reward), in_process())
+    process.kill()
+    process.wait(10)
+    start_time = time.monotonic()
+    with pytest.raises(RewardFailed, match=f"reward {REWARD}: no answer within 2 s") as caught:
+        score(reward)
+    assert time.monotonic() - start_time < DEADLINE + 1
+    assert re.search(f"the last: {url}: Cannot connect to host", str(caught.value)), caught.value
 
 
 def learned(reward: Reward, epochs: int) -> torch.Tensor:

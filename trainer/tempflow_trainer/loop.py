@@ -249,11 +249,10 @@ def _score(
         at_a_time = max(1, at_a_time // plan.draws) * plan.draws
     parts: list[dict[str, Tensor]] = []
     for rows in torch.arange(len(owners)).split(at_a_time):
-        images = run.policy.decode(latents_NCHW[rows])
         prompts = [owners[i].prompt for i in rows.tolist()]
         parts.append(
             run.reward.score(
-                images,
+                run.policy.decode(latents_NCHW[rows]),  # named here, they would outlive the call
                 [p.text for p in prompts],
                 [p.metadata for p in prompts],
                 groups=(rows // plan.draws).tolist(),

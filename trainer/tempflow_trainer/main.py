@@ -48,7 +48,7 @@ from tempflow_trainer.models.text_cache import TextCache
 from tempflow_trainer.models.tuning import FullTuning, LoraTuning, Tuning
 from tempflow_trainer.origin import Origin, older_runs
 from tempflow_trainer.progress import ProgressServer
-from tempflow_trainer.rewards import registry, remote
+from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rollout import Walker
 from tempflow_trainer.session import Session
@@ -107,6 +107,7 @@ def build_run(
     device: torch.device,
     stop_requested: Callable[[], bool],
     place: Place | None = None,
+    connected: registry.Connected | None = None,
 ) -> Run:
     """The parts of a run, from a specification that keeps all rules.
 
@@ -134,7 +135,7 @@ def build_run(
     walker = Walker(
         policy, schedule, sampling.noise_level, spec.compute.rows_per_call, sampling.sde
     )
-    reward = registry.build(spec.rewards, place or Place())
+    reward = registry.build(spec.rewards, place, connected)
     if reward.group_wise and algorithm.branches_per_seed < 2:
         raise RewardFailed(
             "spec.rewards: a reward compares the draws of a branch step, of which there is one; "
@@ -194,7 +195,7 @@ def groups_per_rollout(spec: JobSpec, world: int) -> int | None:
     Parts only where scoring needs no processor of ours: drawing in parts costs a little.
     """
     asked = spec.compute.groups_per_rollout
-    if asked is not None or not any(term.is_served for term in spec.rewards):
+    if asked is not None or not any(map(registry.elsewhere, spec.rewards)):
         return asked
     groups = spec.algorithm.prompts_per_epoch * spec.algorithm.seeds_per_prompt
     return math.ceil(groups / world / SERVED_PARTS)
@@ -291,11 +292,11 @@ def train(
     tail.connect(work, store)
     device = device_of(spec, ranks.local_rank)
     prompts = load_prompts(spec)
-    remote.check(spec.rewards, stop_requested)
+    connected = registry.connect(spec.rewards, stop_requested)
     cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
     model = families.load(spec.model, cache=cache, device=device)
     place = Place(device, work / "models")
-    run = build_run(spec, model, prompts, ranks, device, stop_requested, place)
+    run = build_run(spec, model, prompts, ranks, device, stop_requested, place, connected)
     if ranks.any(stop_requested()):
         raise Preempted("stopped while it was starting: nothing had been done")
     Session(

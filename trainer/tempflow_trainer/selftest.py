@@ -32,6 +32,7 @@ from tempflow_trainer.loop import Run
 from tempflow_trainer.metrics import Record, now
 from tempflow_trainer.models.base import Conditioning, Policy
 from tempflow_trainer.rewards.base import Reward
+from tempflow_trainer.scoring import Scoring
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def examine(run: Run, reward: Reward, spec: JobSpec) -> SelfTest:
 
     Raises:
         RewardFailed: a scorer that fails, or whose score is not finite.
+        Preempted: on every rank, when one was asked to stop while a reward scored.
     """
     began = time.perf_counter()
     probe = _walk(run, reward)
@@ -187,13 +189,19 @@ def _walk(run: Run, reward: Reward) -> _Probe:
     copies = 2 if reward.group_wise else 1
     with torch.no_grad():
         images = policy.decode(rollouts.latents_NCHW[:1]).expand(copies, -1, -1, -1)
-    scores = reward.score(
-        images,
-        [prompts[0].text] * copies,
-        [prompts[0].metadata] * copies,
-        groups=[0] * copies,
-        held_out=True,
+    scoring = Scoring([term.name for term in reward.terms], run.ranks, run.stop_requested)
+    scoring.submit(
+        copies,
+        lambda on_call: reward.score(
+            images,
+            [prompts[0].text] * copies,
+            [prompts[0].metadata] * copies,
+            groups=[0] * copies,
+            held_out=True,
+            on_call=on_call,
+        ),
     )
+    scores = scoring.wait()
     advantages_GSK = torch.ones(len(prompts), len(plan.steps), 1)
     rows = ex.of_rollouts(rollouts, advantages_GSK, plan, walker, run.exploration.weights_S(plan))
     total = float(reward.total(scores)[0])

@@ -60,7 +60,7 @@ def reds(*levels: int) -> Tensor:
 
 
 @contextmanager
-def running(app: web.Application) -> Iterator[str]:
+def running(app: web.Application, port: int = 0) -> Iterator[str]:
     """The address of a server that runs ``app`` in a thread until the context ends."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -69,7 +69,7 @@ def running(app: web.Application) -> Iterator[str]:
     async def start() -> tuple[web.AppRunner, str]:
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
         return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
     runner, url = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
@@ -84,11 +84,15 @@ def running(app: web.Application) -> Iterator[str]:
 
 @contextmanager
 def served(
-    scorer: Scorer, limits: Limits | None = None, token: str | None = None, name: str = "red"
+    scorer: Scorer,
+    limits: Limits | None = None,
+    token: str | None = None,
+    name: str = "red",
+    port: int = 0,
 ) -> Iterator[tuple[str, Service]]:
     """The address of a service of ``scorer``, and the service."""
     service = Service(Term(name, 1.0, scorer), limits or Limits(), token)
-    with running(service.app()) as url:
+    with running(service.app(), port) as url:
         yield url, service
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,13 +55,17 @@ def noise(count: int, height: int, width: int) -> Tensor:
     return as_floats(pixels.to(torch.uint8))
 
 
+def eight_bit(images_N3HW: Tensor) -> Any:
+    """[N, H, W, 3] as picture files have it."""
+    return (images_N3HW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
 def processed(folder: Path, images: Tensor, prompts: list[str]) -> Mapping[str, Tensor]:
     """What the model's own processor makes of it."""
     from transformers import CLIPProcessor
 
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     found: Mapping[str, Tensor] = CLIPProcessor.from_pretrained(folder)(
-        images=[Image.fromarray(one) for one in pixels],
+        images=[Image.fromarray(one) for one in eight_bit(images)],
         text=prompts,
         return_tensors="pt",
         padding=True,
@@ -180,6 +185,23 @@ def open_clip_cosines(weights: Mapping[str, Tensor], pixels: Tensor, ids: Tensor
     return (seen * F.normalize(y @ weights["text_projection"])).sum(dim=1)
 
 
+def open_clip_pixels(images_N3HW: Tensor) -> Tensor:
+    """What open_clip's transform makes of pictures: ResizeMaxSize, padding with 0 on both sides
+    (the odd pixel right and below), and OpenAI's mean and deviation; written from its code."""
+    found = []
+    for picture in (Image.fromarray(one) for one in eight_bit(images_N3HW)):
+        scale = IMAGE_SIZE / max(picture.height, picture.width)
+        height, width = (round(side * scale) for side in (picture.height, picture.width))
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+        pixels_3HW = torch.tensor(np.array(resized)).permute(2, 0, 1).float() / 255
+        down, across = IMAGE_SIZE - height, IMAGE_SIZE - width
+        sides = (across // 2, across - across // 2, down // 2, down - down // 2)
+        found.append(F.pad(pixels_3HW, sides))
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    return (torch.stack(found) - mean) / deviation
+
+
 @pytest.fixture(scope="module")
 def hps_folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = tmp_path_factory.mktemp("hps")
@@ -196,7 +218,7 @@ def test_hpsv2_is_open_clips_cosine_on_the_whole_picture(
     found = scorer.score(images, PROMPTS, [{}] * 4)
     weights = tiny_scorers.open_clip_layout(model)
     ids = processed(folder, images, PROMPTS)["input_ids"]
-    expected = open_clip_cosines(weights, scorer.pixels(images), ids)
+    expected = open_clip_cosines(weights, open_clip_pixels(images), ids)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert set(weights) == set(torch.load(hps_folder / "hps.pt", weights_only=True)["state_dict"])
 

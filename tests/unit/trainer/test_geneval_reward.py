@@ -307,6 +307,51 @@ def test_a_picture_is_scored_by_the_name_of_the_reward(
         reward.score(noise(1, 48, 96), ["a dog"], [{}])
 
 
+class Scene:
+    """Detector and colour reader of pictures whose left half is either red or blue: two dogs there,
+    the second one doubtful, and a cat on the right."""
+
+    classes = CLASSES
+
+    def find(self, images: Sequence[Image.Image], threshold: float) -> list[dict[str, list[Found]]]:
+        assert threshold == 0.3
+        assert [one.size for one in images] == [(96, 48)] * len(images)
+        dogs = [at(0, 10, 20, 30, 0.95), at(20, 10, 40, 30, 0.8)]
+        return [{"dog": dogs, "cat": [at(70, 10, 90, 30, 0.99)]} for _ in images]
+
+    def colours(self, image: Image.Image, found: Sequence[Found], name: str) -> list[str]:
+        assert name == "dog"
+        reds = [image.getpixel((int(one.box[0]), 20))[0] for one in found]  # type: ignore[index]
+        return ["red" if red else "blue" for red in reds]
+
+
+@pytest.mark.parametrize(
+    ("form", "tag", "of_red_dogs", "of_blue_dogs"),
+    [
+        # One dog too many costs its number, its colour and the place of the cat; the cat is there.
+        ("partial", "", 1 / 4, 1 / 4),
+        ("strict", "", 0.0, 0.0),
+        ("official", "", 1.0, 0.0),
+        # Where objects are counted the doubtful dog is none; a wrong colour costs the place, too.
+        ("partial", "counting", 1.0, 2 / 4),
+        ("strict", "counting", 1.0, 0.0),
+        ("official", "counting", 1.0, 0.0),
+    ],
+)
+def test_a_known_scene_has_a_known_score(
+    monkeypatch: pytest.MonkeyPatch, form: str, tag: str, of_red_dogs: float, of_blue_dogs: float
+) -> None:
+    monkeypatch.setattr(Detector, "load", lambda *_: Scene())
+    monkeypatch.setattr(ColourReader, "load", lambda *_: Scene())
+    reward = registry.build([RewardTerm(name="geneval", parameters={"form": form})])
+    pictures_N3HW = torch.zeros(2, 3, 48, 96)
+    pictures_N3HW[0, 0, :, :48] = pictures_N3HW[1, 2, :, :48] = 1
+    cat = {"class": "cat", "count": 1, "position": ["right of", 0]}
+    task = {"tag": tag, "include": [{"class": "dog", "count": 1, "color": "red"}, cat]}
+    scores = reward.score(pictures_N3HW, ["a red dog left of a cat"] * 2, [task] * 2)["geneval"]
+    assert scores.tolist() == [of_red_dogs, of_blue_dogs]
+
+
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(RewardFailed, match="form is 'fuzzy', expected one of partial, strict"):
         registry.build([RewardTerm(name="geneval", parameters={"form": "fuzzy"})])

@@ -1,7 +1,8 @@
 """Rewards whose models live elsewhere: behind a chat interface, or in a package of their own.
 
 Neither the published weights nor the packages are here. The chat server is a real HTTP server that
-answers as OpenAI's interface does; the packages are stand-ins with the signatures of the real ones.
+answers as OpenAI's interface does; the packages are stand-ins with what hpsv3 1.0 and image-reward
+1.5 take and give.
 """
 
 import base64
@@ -18,7 +19,7 @@ from PIL import Image
 
 from tempflow_api.errors import RewardFailed
 from tempflow_api.v1alpha1 import RewardTerm
-from tempflow_trainer.rewards import registry, wire
+from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Reward, Scores
 from tempflow_trainer.rewards.transport import ServiceFailed
 from tempflow_trainer.rewards.unified_reward import MODEL, UnifiedReward, mark_of
@@ -108,13 +109,13 @@ def test_what_is_wrong_with_the_server_is_said_at_the_start(
 ) -> None:
     with running(chat(lambda _body: "", models=("other", "third"))) as url:
         with pytest.raises(RewardFailed, match=r"has no 'CodeGoat24/.*', it has other, third"):
-            UnifiedReward(endpoints=f"{url}/v1")
+            UnifiedReward(endpoints=f"{url}/v1").meet()
         monkeypatch.setenv("CHAT_KEY", "not the key")
         reward = UnifiedReward(endpoints=f"{url}/v1", model="other", token_variable="CHAT_KEY")
         with pytest.raises(ServiceFailed, match="refuses with status 401"):
             reward.score(reds(1), ["a"], [{}])
     with pytest.raises(RewardFailed, match="the model's server is not there"):
-        UnifiedReward(endpoints=f"{url}/v1", timeout_seconds=0.3)
+        UnifiedReward(endpoints=f"{url}/v1", timeout_seconds=0.3).meet()
     for endpoints in ("", "host:8000"):
         with pytest.raises(RewardFailed, match=f"got '{endpoints}', expected addresses"):
             UnifiedReward(endpoints=endpoints)
@@ -168,9 +169,12 @@ def test_hpsv3_is_the_mean_and_gets_pictures_and_prompts_by_name(
 
 def test_image_reward_scores_picture_by_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
-        def score(self, prompt: str, image_path: io.BytesIO) -> float:
-            pixels = wire.decode_image(image_path.read(), max_pixels=10_000)
-            return float(pixels[0].float().mean()) - len(prompt)
+        # Release 1.5 calls the second one image and refuses what is neither picture nor path.
+        def score(self, prompt: str, image: object) -> float:
+            if not isinstance(image, Image.Image | str):
+                raise TypeError("Please pass PIL.Image or file path str.")
+            assert isinstance(image, Image.Image)
+            return float(image.getpixel((0, 0))[0]) - len(prompt)  # type: ignore[index]
 
     def load(name: str, device: str, download_root: str) -> Model:
         assert (name, device) == ("ImageReward-v1.0", "cpu")

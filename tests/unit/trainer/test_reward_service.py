@@ -1,10 +1,13 @@
 """The real service on loopback, asked by the real client and by clients that misbehave."""
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 import torch
@@ -12,12 +15,16 @@ from aiohttp import web
 
 from tempflow_api import naming
 from tempflow_api.errors import Preempted, RewardFailed
-from tempflow_api.v1alpha1 import RewardTerm
+from tempflow_api.v1alpha1 import JobSpec, RewardTerm, TempFlowGRPOJob
+from tempflow_trainer import main
+from tempflow_trainer.log_tail import LogTail
+from tempflow_trainer.models import families
 from tempflow_trainer.rewards import registry, wire
 from tempflow_trainer.rewards import remote as remote_module
 from tempflow_trainer.rewards.batching import Sample, ScorerFailed, answers_of
 from tempflow_trainer.rewards.serve import Limits
 from tempflow_trainer.rewards.transport import ServiceFailed, Unavailable
+from tests.numerics.toys import ALONE, spec_of
 from tests.unit.trainer.reward_servers import (
     Moody,
     Red,
@@ -97,6 +104,18 @@ def test_a_request_that_makes_the_scorer_fail_harms_no_other() -> None:
     said = [answer.json()["error"] for answer in answers]
     assert said[0] == "reward red: RuntimeError: a mood"
     assert said[1] == "reward red: gave nan for an image of prompt 'nan'"
+
+
+def test_pictures_that_are_too_many_bytes_for_one_request_become_several() -> None:
+    scorer = Red(batch_size=64)
+    file = len(wire.encode_image(reds(0)[0]))
+    with served(scorer, Limits(request_bytes=3 * (file + 2 * wire.PART_BYTES))) as (url, _):
+        reward = remote(url, imagesPerRequest=16)
+        levels = list(range(16))
+        assert score(reward, *levels) == [float(level) for level in levels]
+    assert len(scorer.calls) >= 4
+    assert wire.requests_within([5, 5, 90, 5], 3 * wire.PART_BYTES) == [slice(0, 2), slice(2, 4)]
+    assert wire.requests_within([9], 3) == [slice(0, 1)]
 
 
 def test_groups_that_are_compared_are_never_scored_with_others() -> None:
@@ -243,17 +262,92 @@ def terms(url: str, name: str = "red") -> list[RewardTerm]:
 
 def test_services_are_checked_before_anything_is_loaded() -> None:
     with served(Red()) as (url, _):
-        remote_module.check(terms(url), never)
+        registry.connect(terms(url), never)
         with pytest.raises(RewardFailed, match="serves the reward 'red', expected 'blue'"):
-            remote_module.check(terms(url, "blue"), never)
+            registry.connect(terms(url, "blue"), never)
     with pytest.raises(RewardFailed) as caught:
-        remote_module.check(terms(url), never)
+        registry.connect(terms(url), never)
     said = str(caught.value)
     assert said.startswith(
         "spec.rewards[0].service: the service of reward red is not there: no ans"
     )
     assert url in said
     assert "start it (python -m tempflow_trainer.rewards.serve)" in said
+
+
+def until_scored(ask: Callable[[], list[float]]) -> list[float]:
+    """The first scores that are there: after failures a client pauses before it asks again."""
+    deadline = time.monotonic() + 20
+    while np.isnan(found := ask()).any():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_an_optional_service_that_is_not_there_is_masked_until_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    optional = [
+        one.model_copy(update={"required": False}) for one in terms(f"http://127.0.0.1:{port}")
+    ]
+    reward = registry.build(optional, connected=registry.connect(optional, never))
+    assert "it is not required: until then its scores are missing" in caplog.text
+    began = time.monotonic()
+    assert not reward.group_wise  # nobody is asked for it, and nobody can tell
+    assert time.monotonic() - began < 0.1
+    assert np.isnan(score(reward, 7, 9)).all()
+    assert "reward red: no score for 2 images" in caplog.text
+    with served(Red(), port=port):
+        assert until_scored(lambda: score(reward, 7, 9)) == [7.0, 9.0]
+    with served(Red()) as (url, _), pytest.raises(RewardFailed, match="serves the reward 'red'"):
+        registry.connect([one.model_copy(update={"required": False}) for one in terms(url, "blue")])
+
+
+def test_an_optional_service_that_comes_late_and_compares_loses_one_call() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    [term] = terms(f"http://127.0.0.1:{port}")
+    reward = registry.build([term.model_copy(update={"required": False})])
+    scorer = Red(group_wise=True)
+    pictures = reds(1, 2, 3, 4)
+
+    def scored() -> list[float]:
+        found = reward.score(pictures, ["p"] * 4, [{}] * 4, groups=[0, 0, 1, 1])["red"]
+        return [round(value * 255, 3) for value in found.tolist()]
+
+    with served(scorer, port=port):
+        assert until_scored(scored) == [1.0, 2.0, 3.0, 4.0]
+    assert scorer.calls == [2, 2]
+
+
+def job_of(spec: JobSpec) -> TempFlowGRPOJob:
+    return TempFlowGRPOJob.model_validate(
+        {
+            "apiVersion": "tempflow.dev/v1alpha1",
+            "kind": "TempFlowGRPOJob",
+            "metadata": {"name": "job"},
+            "spec": spec.model_dump(by_alias=True, mode="json"),
+        }
+    )
+
+
+def test_services_are_asked_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with served(Red()) as (url, _):
+        pass
+    monkeypatch.setattr(families, "load", lambda *_a, **_n: pytest.fail("the model was loaded"))
+    monkeypatch.setenv(naming.ENV_WORK_DIR, str(tmp_path / "run"))
+    chat = {"name": "unified-reward", "parameters": {"endpoints": url, "timeout_seconds": "0.3"}}
+    service = {"name": "red", "service": {"endpoints": [url], "timeoutSeconds": 0.3}}
+    for term, said in ((chat, "the model's server"), (service, "the service of reward red")):
+        job = job_of(spec_of({"rewards": [term], "compute.preflight": False}))
+        with pytest.raises(RewardFailed, match=f"{said} is not there"):
+            main.train(job, ALONE, never, LogTail(0, 0))
 
 
 def placed(**settings: float) -> list[RewardTerm]:
@@ -274,7 +368,7 @@ class TestServedByTheOperator:
     ) -> None:
         with served(Red()) as (url, _):
             tell_where(monkeypatch, url)
-            remote_module.check(placed(), never)
+            registry.connect(placed(), never)
             assert score(registry.build(placed(deadlineSeconds=4.0)), 7, 9) == [7.0, 9.0]
 
     def test_it_is_waited_for_longer_than_one_attempt(
@@ -294,7 +388,7 @@ class TestServedByTheOperator:
         app.router.add_get(wire.REWARD_PATH, later)
         with running(app) as url:
             tell_where(monkeypatch, url)
-            remote_module.check(placed(deadlineSeconds=9.0), never)
+            registry.connect(placed(deadlineSeconds=9.0), never)
         assert asked[-1] - asked[0] >= 0.5
 
     def test_one_that_never_comes_says_where_to_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +396,7 @@ class TestServedByTheOperator:
             pass
         tell_where(monkeypatch, url)
         with pytest.raises(RewardFailed, match=r"is not there: no answer within 0\.4 s") as caught:
-            remote_module.check(placed(), never)
+            registry.connect(placed(), never)
         assert "label tempflow.dev/reward" in str(caught.value)
 
     def test_a_run_that_is_asked_to_stop_waits_no_longer(
@@ -313,12 +407,12 @@ class TestServedByTheOperator:
         tell_where(monkeypatch, url)
         began = time.monotonic()
         with pytest.raises(Preempted):
-            remote_module.check(placed(deadlineSeconds=60.0), lambda: True)
+            registry.connect(placed(deadlineSeconds=60.0), lambda: True)
         assert time.monotonic() - began < 10
 
     def test_without_an_operator_there_is_nobody_to_ask(self) -> None:
         with pytest.raises(RewardFailed, match=r"rewards\[0\].placement: got service, and nobody"):
-            remote_module.check(placed(), never)
+            registry.connect(placed(), never)
 
 
 def test_requests_are_balanced_over_endpoints_and_go_past_a_dead_one() -> None:

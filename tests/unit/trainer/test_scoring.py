@@ -3,9 +3,10 @@
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tempflow_api.errors import Preempted, RewardFailed
 from tempflow_trainer import loop, main, scoring
 from tempflow_trainer.loop import Run
 from tempflow_trainer.metrics import Stopwatch
+from tempflow_trainer.models.base import Policy
 from tempflow_trainer.rewards.base import Reward, Term
 from tempflow_trainer.rollout import Rollouts, Walker
 from tempflow_trainer.scoring import Scoring
@@ -69,6 +71,28 @@ def test_drawing_in_parts_draws_the_same_pictures(changes: dict[str, object]) ->
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=1e-6)
     assert metrics["reward"] == pytest.approx(expected["reward"], abs=1e-6)
     assert parts.policy.evaluations == whole.policy.evaluations
+
+
+def test_pictures_of_one_call_are_alive_at_a_time() -> None:
+    changes: dict[str, object] = {"compute.groupsPerRollout": 2, "compute.rowsPerCall": 5}
+    run = run_of(spec_of(changes))
+    alive: list[weakref.ref[Tensor]] = []
+    most: list[int] = []
+
+    class Watched(Policy):
+        def decode(self, latents_NCHW: Tensor) -> Tensor:
+            images = super().decode(latents_NCHW)
+            alive.append(weakref.ref(images))
+            most.append(sum(one() is not None for one in alive))
+            return images
+
+    policy = Watched(
+        **{field.name: getattr(run.policy, field.name) for field in fields(run.policy)}
+    )
+    reward = Reward([Term("slow", 1.0, Slow())])
+    loop.run_epoch(replace(run, policy=policy, reward=reward), 0)
+    assert len(most) > 8
+    assert set(most) == {1}
 
 
 class Late(Walker):
@@ -147,23 +171,28 @@ def test_work_without_images_has_no_scores() -> None:
     assert alone.wait()["a"].tolist() == [1, 1, 0]
 
 
+HERE: dict[str, object] = {"name": "digit-ink"}
+SERVED: dict[str, object] = {"name": "digit-ink", "service": {"endpoints": ["http://x"]}}
+CHAT: dict[str, object] = {"name": "mark", "uses": "unified-reward"}
+
+
 @pytest.mark.parametrize(
-    ("asked", "served", "world", "groups"),
+    ("asked", "term", "world", "groups"),
     [
-        (None, False, 1, None),
-        (None, True, 1, 3),
-        (None, True, 4, 1),
-        (5, True, 1, 5),
-        (5, False, 1, 5),
+        (None, HERE, 1, None),
+        (None, SERVED, 1, 3),
+        (None, CHAT, 1, 3),
+        (None, SERVED, 4, 1),
+        (5, SERVED, 1, 5),
+        (5, HERE, 1, 5),
     ],
 )
 def test_groups_are_drawn_in_parts_where_a_reward_is_served(
-    asked: int | None, served: bool, world: int, groups: int | None
+    asked: int | None, term: dict[str, object], world: int, groups: int | None
 ) -> None:
-    service = {"service": {"endpoints": ["http://x"]}} if served else {}
     changes: dict[str, object] = {
         "algorithm.promptsPerEpoch": 12,
-        "rewards": [{"name": "digit-ink", **service}],
+        "rewards": [term],
         "compute.groupsPerRollout": asked,
     }
     assert main.groups_per_rollout(spec_of(changes), world) == groups

@@ -1,5 +1,8 @@
 """The self-test: finds what would break the ratio, and leaves no trace."""
 
+import logging
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import Preempted, RewardFailed, SelfTestFailed
 from tempflow_api.record import SelfTest
 from tempflow_api.v1alpha1 import JobSpec
-from tempflow_trainer import selftest
+from tempflow_trainer import scoring, selftest
 from tempflow_trainer.algorithm.branching import BranchPlan
 from tempflow_trainer.algorithm.sde import Transitions
 from tempflow_trainer.data import load_prompts
@@ -212,6 +215,32 @@ def test_the_tolerance_is_the_bound() -> None:
     loose = spec_of({"selfTest.logProbTolerance": 100.0, **SMALL_CALLS})
     assert selftest.problem(report) is not None
     assert selftest.problem(selftest.examine(session_run, BRIGHTNESS, loose)) is None
+
+
+def test_a_reward_that_hangs_is_waited_for_with_the_other_ranks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In meetings a beat apart, as in an epoch, so that none is longer than ranks bear."""
+    monkeypatch.setattr(scoring, "BEAT_SECONDS", 0.05)
+    caplog.set_level(logging.INFO)
+    released, stop = threading.Event(), threading.Event()
+
+    class Hanging(Brightness):
+        def score(self, *_arguments: object) -> Tensor:
+            threading.Timer(0.3, stop.set).start()
+            released.wait(20)
+            return torch.zeros(1)
+
+    reward = Reward([Term("slow", 1.0, Hanging())])
+    run = replace(run_of(spec_of()), stop_requested=stop.is_set)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Preempted):
+            selftest.examine(run, reward, spec_of())
+        assert time.monotonic() - began < 15
+    finally:
+        released.set()
+    assert "waiting for reward slow on rank 0: 0/1 images after " in caplog.text
 
 
 def test_it_runs_once_for_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

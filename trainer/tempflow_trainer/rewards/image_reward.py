@@ -6,7 +6,6 @@ service (docs/rewards-service.md).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tempflow_api.errors import RewardFailed
 from tempflow_trainer.rewards.base import Place
-from tempflow_trainer.rewards.wire import encode_image
+from tempflow_trainer.rewards.wire import picture_of
 
 PACKAGE = "image-reward"
 MODEL = "ImageReward-v1.0"
@@ -39,7 +38,8 @@ class ImageReward:
         except ImportError as error:
             raise RewardFailed(
                 f"the package {PACKAGE!r} cannot be imported here ({error}): install it into an "
-                "image of its own, serve the reward there, and name the address in 'service'"
+                "image of its own together with OpenAI's clip (openai-clip), which it imports "
+                "without asking for it, serve the reward there, and name the address in 'service'"
             ) from error
         self.batch_size = batch_size
         self._model: Any = package.load(
@@ -54,10 +54,9 @@ class ImageReward:
     ) -> Tensor:
         del metadata
         with torch.no_grad():
-            # The package opens what it is given as a file.
             return torch.tensor(
                 [
-                    float(self._model.score(prompt, io.BytesIO(encode_image(image))))
+                    float(self._model.score(prompt, picture_of(image)))
                     for prompt, image in zip(prompts, images_N3HW, strict=True)
                 ]
             )

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
@@ -23,6 +24,9 @@ from tempflow_trainer.rewards import (
     unified_reward,
 )
 from tempflow_trainer.rewards.base import Place, Reward, Scorer, Term
+from tempflow_trainer.rewards.transport import Absent
+
+log = logging.getLogger(__name__)
 
 ENTRY_POINTS = "tempflow.rewards"
 """The group in which an installed package names its scorers."""
@@ -48,8 +52,53 @@ REWARDS: dict[str, Callable[..., Scorer]] = {
 }
 
 
-def build(terms: Sequence[RewardTerm], place: Place | None = None) -> Reward:
-    """The scorers of a job, ready to score; without ``place`` on the CPU.
+Connected = Mapping[str, Scorer]
+"""Scorers that compute elsewhere, by the name of their term."""
+
+
+def elsewhere(term: RewardTerm) -> bool:
+    """Whether a server computes the scores, and not this process."""
+    kind = REWARDS.get(term.uses or term.name)
+    return term.is_served or kind is unified_reward.UnifiedReward
+
+
+def connect(
+    terms: Sequence[RewardTerm], stop_requested: Callable[[], bool] = lambda: False
+) -> Connected:
+    """The scorers whose scores a server computes, each after it has answered: seconds now instead
+    of an error when the model is loaded and the first images are drawn. Those that start with the
+    run are waited for. One that is not required and not there has missing scores until it is.
+
+    Raises:
+        RewardFailed: a required one is not there, or one serves another reward.
+        Preempted: asked to stop meanwhile.
+    """
+    found: dict[str, Scorer] = {}
+    for index, term in enumerate(terms):
+        if not elsewhere(term):
+            continue
+        path = f"spec.rewards[{index}]"
+        scorer: Any = _scorer(term, path, Place())
+        where = f"{path}.service" if term.is_served else path
+        try:
+            scorer.meet(stop_requested)
+        except Absent as error:
+            if term.required:
+                raise RewardFailed(f"{where}: {error}") from error
+            log.warning(
+                "%s: %s; it is not required: until then its scores are missing", where, error
+            )
+        except RewardFailed as error:
+            raise RewardFailed(f"{where}: {error}") from error
+        found[term.name] = scorer
+    return found
+
+
+def build(
+    terms: Sequence[RewardTerm], place: Place | None = None, connected: Connected | None = None
+) -> Reward:
+    """The scorers of a job, ready to score; without ``place`` on the CPU, without ``connected``
+    after asking the servers.
 
     Raises:
         RewardFailed: a reward or parameter that does not exist, a value that does not fit, or a
@@ -57,9 +106,15 @@ def build(terms: Sequence[RewardTerm], place: Place | None = None) -> Reward:
         ModelUnavailable: files of a scorer's model are missing or out of reach.
     """
     where = place or Place()
+    far = connect(terms) if connected is None else connected
     return Reward(
         [
-            Term(t.name, t.weight, _scorer(t, f"spec.rewards[{i}]", where), t.required)
+            Term(
+                t.name,
+                t.weight,
+                far[t.name] if elsewhere(t) else _scorer(t, f"spec.rewards[{i}]", where),
+                t.required,
+            )
             for i, t in enumerate(terms)
         ]
     )

@@ -9,9 +9,8 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import count
 from typing import NoReturn
 
@@ -26,6 +25,7 @@ from tempflow_api.v1alpha1 import RewardService, RewardTerm
 from tempflow_trainer.rewards import wire
 from tempflow_trainer.rewards.base import Scores
 from tempflow_trainer.rewards.transport import (
+    Absent,
     Endpoint,
     ServiceFailed,
     Transport,
@@ -38,30 +38,27 @@ log = logging.getLogger(__name__)
 _calls = count()
 
 
-@dataclass(frozen=True)
+@dataclass
 class RemoteScorer:
-    """Scores by asking the endpoints of ``service`` for the reward ``serves``."""
+    """Scores by asking the endpoints of ``service`` for the reward ``serves``.
+
+    One that was not there when it was met is asked again with each call of ``score``.
+    """
 
     serves: str
     service: RewardService
     transport: Transport = field(repr=False)
     placed: bool = False
     """The operator starts it together with the run."""
+    description: wire.Description | None = None
+    """What the service says of itself, once it has."""
 
-    @cached_property
-    def description(self) -> wire.Description:
-        """What the service says of itself, asked once.
-
-        Raises:
-            RewardFailed: nobody answers, or another reward is served.
-        """
-        return self.describe()
-
-    def describe(self, stop_requested: Callable[[], bool] = lambda: False) -> wire.Description:
-        """The same, asked anew.
+    def meet(self, stop_requested: Callable[[], bool] = lambda: False) -> wire.Description:
+        """Ask the service what it is, and remember it.
 
         Raises:
-            RewardFailed: nobody answers, or another reward is served.
+            Absent: nobody answers.
+            RewardFailed: another reward is served.
             Preempted: asked to stop before there was an answer.
         """
         # One that starts with the run has its image to pull and its model to load. An address that
@@ -73,7 +70,7 @@ class RemoteScorer:
         try:
             found = transport.background.run(transport.exchange(_describe), stop_requested)
         except ServiceFailed as error:
-            raise RewardFailed(
+            raise Absent(
                 f"the service of reward {self.serves} is not there: {error}; {self._remedy}"
             ) from error
         if found.reward != self.serves:
@@ -81,6 +78,8 @@ class RemoteScorer:
                 f"{', '.join(self.service.endpoints)} serves the reward {found.reward!r}, expected "
                 f"{self.serves!r}: correct service.endpoints, or name the reward in 'uses'"
             )
+        log.info("reward %s is served by %s", found.reward, ", ".join(self.service.endpoints))
+        self.description = found
         return found
 
     @property
@@ -94,20 +93,21 @@ class RemoteScorer:
 
     @property
     def group_wise(self) -> bool:
-        """As the served reward is."""
-        return self.description.group_wise
+        """As the served reward is; False while that is not known."""
+        return self.description is not None and self.description.group_wise
 
     @property
     def batch_size(self) -> int:
         """As many images as can be under way at once."""
-        if self.group_wise:
+        if self.description is not None and self.description.group_wise:
             return self.description.max_images
         requests = self.service.requests_per_endpoint * len(self.service.endpoints)
         return self._images_per_request * requests
 
     @property
     def _images_per_request(self) -> int:
-        return min(self.service.images_per_request, self.description.max_images)
+        most = self.service.images_per_request
+        return min(most, self.description.max_images) if self.description else most
 
     def score(
         self,
@@ -118,8 +118,12 @@ class RemoteScorer:
         """The scores of the service; those it says it cannot give are missing.
 
         Raises:
+            Absent: it was not there before, and still is not.
             ServiceFailed: no answer by the deadline, a refusal, or an answer that is none.
         """
+        if self.description is None and self.meet().group_wise:
+            # Only now is it known; these images are no group, the next call's are one.
+            raise ServiceFailed(f"the reward {self.serves} compares groups, which is known now")
         size = len(prompts) if self.group_wise else self._images_per_request
         return self.transport.background.run(self._score(images_N3HW, prompts, metadata, size))
 
@@ -158,6 +162,24 @@ class RemoteScorer:
             lambda: [wire.encode_image(i, self.service.image_format) for i in images_N3HW]
         )
 
+        found: list[wire.ItemScore] = []
+        for part in self._parts(asked, files):
+            some = asked.model_copy(update={"items": asked.items[part]})
+            found += await self.transport.exchange(self._asking(some, files[part]))
+        return found
+
+    def _parts(self, asked: wire.ScoreRequest, files: Sequence[bytes]) -> list[slice]:
+        """The requests into which the server's bound of bytes cuts one; a group stays whole."""
+        most = self.description.max_bytes if self.description else None
+        if most is None or self.group_wise:
+            return [slice(0, len(files))]
+        return wire.requests_within(
+            [len(file) for file in files], most - len(asked.json_bytes()) - wire.PART_BYTES
+        )
+
+    def _asking(
+        self, asked: wire.ScoreRequest, files: Sequence[bytes]
+    ) -> Callable[[aiohttp.ClientSession, str], Awaitable[list[wire.ItemScore]]]:
         async def ask(session: aiohttp.ClientSession, url: str) -> list[wire.ItemScore]:
             body = _form(asked, files, self.service.image_format)
             async with session.post(
@@ -165,7 +187,7 @@ class RemoteScorer:
             ) as response:
                 return scores_of(await read_answer(response), asked, url)
 
-        return await self.transport.exchange(ask)
+        return ask
 
 
 def scores_of(body: bytes, asked: wire.ScoreRequest, url: str) -> list[wire.ItemScore]:
@@ -228,25 +250,6 @@ def _given_address(term: RewardTerm, path: str) -> str:
             "operator does. Leave placement out, or serve the reward and give service.endpoints"
         )
     return str(given[term.name])
-
-
-def check(terms: Sequence[RewardTerm], stop_requested: Callable[[], bool]) -> None:
-    """Whether the services of a job are there: seconds now instead of an error after the model is
-    loaded and the first images are drawn. Those that start with the run are waited for.
-
-    Raises:
-        RewardFailed: one is not, or serves another reward.
-        Preempted: asked to stop meanwhile.
-    """
-    for index, term in enumerate(terms):
-        if term.is_served:
-            path = f"spec.rewards[{index}]"
-            scorer = of_term(term, path)
-            try:
-                found = scorer.describe(stop_requested)
-            except RewardFailed as error:
-                raise RewardFailed(f"{path}.service: {error}") from error
-            log.info("reward %s is served by %s", found.reward, ", ".join(scorer.service.endpoints))
 
 
 async def _describe(session: aiohttp.ClientSession, url: str) -> wire.Description:

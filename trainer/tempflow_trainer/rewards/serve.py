@@ -139,6 +139,7 @@ class Service:
             batch_size=self.term.scorer.batch_size,
             group_wise=is_group_wise(self.term.scorer),
             max_images=self._most_images(),
+            max_bytes=self.limits.request_bytes,
         )
         return _json(description)
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from tempflow_api.errors import Preempted
+from tempflow_api.errors import Preempted, RewardFailed
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,10 @@ ANSWER_BYTES = 64 << 20
 
 class ServiceFailed(RuntimeError):
     """No usable answer; the message says from where, and why."""
+
+
+class Absent(RewardFailed):
+    """Nobody answers where a reward is to be scored; somebody may later."""
 
 
 class Unavailable(Exception):

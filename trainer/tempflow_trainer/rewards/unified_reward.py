@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from tempflow_api.errors import RewardFailed
 from tempflow_trainer.rewards.base import Scores
 from tempflow_trainer.rewards.transport import (
+    Absent,
     Endpoint,
     ServiceFailed,
     Transport,
@@ -69,10 +70,10 @@ class UnifiedReward:
         requests_per_endpoint: int = 16,
         max_tokens: int = 512,
     ) -> None:
-        """Ask the servers which models they have.
+        """Nothing is asked yet.
 
         Raises:
-            RewardFailed: no endpoint is named, none answers, or the model is not there.
+            RewardFailed: no endpoint is named, or the key is not in the environment.
         """
         urls = [url.strip().rstrip("/") for url in endpoints.split(",") if url.strip()]
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
@@ -88,14 +89,21 @@ class UnifiedReward:
         self._transport = Transport(
             [Endpoint(url) for url in urls], timeout_seconds, deadline_seconds, token
         )
-        self._check_model(timeout_seconds)
 
-    def _check_model(self, seconds: float) -> None:
-        transport = replace(self._transport, deadline_seconds=seconds)
+    def meet(self, stop_requested: Callable[[], bool] = lambda: False) -> None:
+        """Ask the servers which models they have.
+
+        Raises:
+            Absent: none answers.
+            RewardFailed: the model is not there.
+            Preempted: asked to stop before there was an answer.
+        """
+        # An address that is wrong should not take a whole deadline to be seen.
+        transport = replace(self._transport, deadline_seconds=self._transport.timeout_seconds)
         try:
-            names = transport.background.run(transport.exchange(_models))
+            names = transport.background.run(transport.exchange(_models), stop_requested)
         except ServiceFailed as error:
-            raise RewardFailed(f"endpoints: the model's server is not there: {error}") from error
+            raise Absent(f"endpoints: the model's server is not there: {error}") from error
         if self.model not in names:
             raise RewardFailed(
                 f"model: the server has no {self.model!r}, it has {', '.join(names) or 'none'}"

@@ -79,6 +79,8 @@ class Description(Message):
     """Whether a request is one group of images that are compared."""
     max_images: Annotated[int, Field(ge=1)]
     """Most images in one request."""
+    max_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Most bytes in one request, where the server says so."""
 
 
 class Failure(Message):
@@ -98,6 +100,23 @@ def request_of(
             for i, (prompt, extra) in enumerate(zip(prompts, metadata, strict=True))
         ]
     )
+
+
+PART_BYTES = 1024
+"""More than what stands around a picture in a request."""
+
+
+def requests_within(sizes: Sequence[int], most_bytes: int) -> list[slice]:
+    """Runs of pictures of ``sizes`` bytes that each fit into one request; one that fits into none
+    is alone, and refused by who reads it."""
+    found: list[slice] = []
+    start = total = 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size + PART_BYTES > most_bytes:
+            found.append(slice(start, index))
+            start, total = index, 0
+        total += size + PART_BYTES
+    return [*found, slice(start, len(sizes))]
 
 
 def encode_image(image_3HW: Tensor, image_format: ImageFormat = "png") -> bytes:
