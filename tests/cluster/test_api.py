@@ -5,9 +5,11 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tempflow_api import naming
 from tempflow_api.rules import RULES, Mutability, mutability_of
@@ -24,6 +26,7 @@ from tests.unit.operator.desired.test_rewards import SERVED
 pytestmark = pytest.mark.cluster
 
 Raw = dict[str, Any]
+S3_SERVER = Path(__file__).parents[2] / "examples/cluster/s3-server.yaml"
 
 
 class Api:
@@ -141,3 +144,19 @@ def test_objects_of_an_attempt_are_taken_as_they_are(api: Api) -> None:
             where = f"{places[thing['kind']]}?dryRun=All&fieldValidation=Strict"
             code, answer = api.send("POST", where, thing)
             assert code == 201, answer
+
+
+def test_the_s3_server_of_the_pages_is_taken(bare_server: Bare) -> None:
+    """By a namespace that wants restricted pods, too."""
+    admin, namespace = bare_server.kubectl, "trial"
+    admin.run("create", "namespace", namespace)
+    admin.run("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
+    documents = list(yaml.safe_load_all(S3_SERVER.read_text()))
+    (deployment,) = (one for one in documents if one["kind"] == "Deployment")
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "s3"}}
+    pod["spec"] = deployment["spec"]["template"]["spec"]
+    taken = admin.run(
+        *("apply", "--dry-run=server", "-n", namespace, "-f", "-"),
+        stdin=yaml.safe_dump_all([*documents, pod]),
+    )
+    assert taken.count("(server dry run)") == len(documents) + 1

@@ -30,7 +30,8 @@ ELSEWHERE = {
     "helm test": _OPERATOR,
     "helm uninstall": _CLUSTER,
     "kubectl": _OPERATOR,
-    "tempflow validate digits.yaml -o yaml": _OPERATOR,
+    "tempflow submit digits.yaml": _CLUSTER,
+    "tempflow pull job/digits": _CLUSTER,
     "tempflow init --preset digits": _CLUSTER,
     "pip install ./my-rewards": "tests/unit/trainer/test_reward_plugins.py",
     "tempflow explain --preset sd35m-pickscore --set": "tests/unit/trainer/test_explain.py",
@@ -42,6 +43,7 @@ ELSEWHERE = {
 NOT_RUN = {
     "pip install '.[trainer]'": "an environment of its own, and 3 GB to fetch",
     "make push-images": "a registry",
+    'echo "s3.bucket.create': "an image of SeaweedFS in a cluster",
     "python -m tempflow_trainer.rewards.serve pickscore --device": "published weights and a GPU",
 }
 
