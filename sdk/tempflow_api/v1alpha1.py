@@ -122,8 +122,8 @@ class RewardService(Section):
     images_per_request: Annotated[int, Field(ge=1, le=4096)] = 32
     """Most images in one request; 32 of 512 x 512 are 15 MiB as PNG."""
     requests_per_endpoint: Annotated[int, Field(ge=1, le=64)] = 2
-    """Requests of a rank under way at once: one is scored while the next one travels. The pods
-    behind one address share them."""
+    """Requests of a rank under way at once: one is scored while the next one travels, where a call
+    draws more images than ``imagesPerRequest``. The pods behind one address share them."""
     image_format: Literal["png", "webp"] = "png"
     """Both without loss. WebP is smaller and takes longer to write: for slow networks."""
 
