@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 MOST = 2.0
-IMPORT = [sys.executable, "-c", "import typer, rich.console, rich.table"]
+IMPORT = [sys.executable, "-c", "import typer, rich"]
 HELP = [sys.executable, "-m", "tempflow", "--help"]
 
 
