@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from tempflow import Client, Manifest
+from tempflow.cluster import doctor
 from tempflow.cluster.doctor import Finding, examine
 from tempflow_api import naming
+from tempflow_api.crd import spec_schema
 from tempflow_trainer.store import FolderStore
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.client_objects import RUNNING_POD, add_node, digits, pod_of
@@ -40,7 +42,7 @@ def delete(api: ApiServer, thing: JsonObject) -> None:
     )
 
 
-def operator(ready: int = 2) -> JsonObject:
+def operator(ready: int = 2, version: str = "") -> JsonObject:
     labels = {
         "app.kubernetes.io/name": "tempflow",
         "app.kubernetes.io/component": "operator",
@@ -49,7 +51,11 @@ def operator(ready: int = 2) -> JsonObject:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"name": "tempflow", "namespace": "default", "labels": labels},
+        "metadata": {
+            "name": "tempflow",
+            "namespace": "default",
+            "labels": labels | ({"app.kubernetes.io/version": version} if version else {}),
+        },
         "spec": {
             "replicas": 2,
             "selector": {"matchLabels": labels},
@@ -135,6 +141,58 @@ def test_no_operator(healthy: ApiServer) -> None:
         healthy.create(operator())
 
 
+def test_an_operator_of_another_version(healthy: ApiServer) -> None:
+    with replaced(healthy, operator(version="99.0"), operator()):
+        found = findings(healthy)["operator"]
+    assert (found.state, "version 99.0" in found.found) == ("warning", True)
+    assert "bring both to one version" in found.remedy
+
+
+@pytest.fixture
+def submitted(healthy: ApiServer) -> Iterator[None]:
+    """A job that no operator has seen, and rights for ``nobody`` to see jobs and no more."""
+    admin, role = healthy.kubectl, ("jobs-only", "-n", "default")
+    admin.run("create", "role", *role, "--verb=get,list", f"--resource={naming.PLURAL}")
+    admin.run("create", "rolebinding", *role, "--role=jobs-only", "--user=nobody")
+    with Client(kubeconfig=str(healthy.kubeconfig("admin"))) as client:
+        client.submit(digits("unseen"))
+        yield
+        client.delete("unseen")
+    admin.run("delete", "role,rolebinding", *role)
+
+
+@pytest.mark.usefixtures("submitted")
+def test_a_job_that_no_operator_sees(healthy: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_UNSEEN_SECONDS", -1.0)
+    found = findings(healthy, user="nobody")["operator"]
+    assert found.state == "fault"
+    assert found.found == "unseen: seen by no operator for over a minute"
+    assert "administrator" in found.remedy
+
+
+def test_a_cluster_that_is_too_old(healthy: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OLDEST_KUBERNETES", (9, 1))
+    found = findings(healthy)
+    assert list(found) == faults(found) == ["api server"]
+    assert found["api server"].remedy == "upgrade the cluster to 9.1 or newer"
+
+
+def test_no_resource_definition(healthy: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(naming, "API_VERSION", f"{naming.GROUP}/v9")
+    found = findings(healthy)["resource definition"]
+    assert (found.state, found.found) == ("fault", f"{naming.GROUP}/v9 is not served")
+    assert "helm install" in found.remedy
+
+
+def test_a_newer_resource_definition(healthy: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = spec_schema()
+    del known["properties"]["packages"]
+    monkeypatch.setattr(doctor, "spec_schema", lambda: known)
+    found = findings(healthy)["resource definition"]
+    assert (found.state, "it also knows spec.packages" in found.found) == ("warning", True)
+    assert "upgrade this tempflow" in found.remedy
+
+
 def test_no_gpus(healthy: ApiServer) -> None:
     with replaced(healthy, node(gpus=0), node(gpus=4)):
         found = findings(healthy)["gpus"]
@@ -195,6 +253,51 @@ def test_a_queue_without_kueue(healthy: ApiServer) -> None:
     found = findings(healthy, job=job)
     assert found["queue"].state == "fault"
     assert "Kueue is not installed" in found["queue"].found
+
+
+@pytest.fixture
+def kueue(healthy: ApiServer) -> Iterator[None]:
+    """Its kind of queue, and one in another namespace."""
+    names = {"plural": "localqueues", "singular": "localqueue", "kind": "LocalQueue"}
+    schema = {"openAPIV3Schema": {"type": "object"}}
+    version = {"name": "v1beta1", "served": True, "storage": True, "schema": schema}
+    definition = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": "localqueues.kueue.x-k8s.io",
+            "annotations": {"api-approved.kubernetes.io": "unapproved, of a test"},
+        },
+        "spec": {
+            "group": "kueue.x-k8s.io",
+            "scope": "Namespaced",
+            "names": names,
+            "versions": [version],
+        },
+    }
+    admin = healthy.kubectl
+    admin.apply(definition)
+    path = f"customresourcedefinition/{definition['metadata']['name']}"  # type: ignore[index]
+    admin.run("wait", path, "--for=condition=Established", "--timeout=60s")
+    wait_for(
+        "queues that are served",
+        lambda: findings(healthy)["queue"].state == "warning",
+        deadline_seconds=30,
+    )
+    yield
+    admin.run("delete", path)
+
+
+@pytest.mark.usefixtures("kueue")
+def test_a_queue_that_is_not_there(healthy: ApiServer) -> None:
+    job = stored_nowhere("queued", **{"spec.runPolicy.queue": "gold"})
+    assert "has no LocalQueue" in findings(healthy)["queue"].found
+    silver = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue"}
+    healthy.create({**silver, "metadata": {"name": "silver", "namespace": "default"}})
+    found = findings(healthy, job=job)["queue"]
+    assert found.state == "fault"
+    assert found.found == "the job names the queue gold; namespace default has silver"
+    assert findings(healthy)["queue"].state == "ok"
 
 
 def claim(name: str, *modes: str, storage_class: str = "", phase: str = "Bound") -> JsonObject:
