@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ import yaml
 
 from tempflow import Client
 from tempflow.cli import main
+from tempflow.cluster.connection import JOBS
+from tempflow_api import naming
 from tempflow_api.conditions import ConditionType
 from tempflow_api.errors import ExitCode
 from tests.cluster.apiserver import ApiServer, free_port
@@ -385,6 +387,11 @@ class TestErrorsAreOneLine:
 
     def test_no_such_job(self, shell: Shell) -> None:
         one_line(shell("status", "nope"), ExitCode.NOT_FOUND, "tempflow list -A")
+
+    def test_no_definition(self, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+        unknown = replace(JOBS, api=f"apis/{naming.GROUP}/v9")
+        monkeypatch.setattr("tempflow.cluster.client.JOBS", unknown)
+        one_line(shell("list"), ExitCode.NOT_FOUND, "helm install")
 
     def test_an_unknown_context(self, shell: Shell) -> None:
         one_line(shell("list", "--context", "x"), ExitCode.UNREACHABLE, "there are: admin")
