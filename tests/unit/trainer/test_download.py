@@ -2,13 +2,11 @@
 
 import hashlib
 import multiprocessing
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
-from boto3.s3.transfer import TransferConfig
 
 from tempflow_api.errors import ModelUnavailable
 from tempflow_trainer.models import download
@@ -107,18 +105,30 @@ def test_two_prefixes_never_share_a_folder() -> None:
     assert download.folder_of("bucket/x/y") != download.folder_of("bucket/x--y")
 
 
+@pytest.mark.parametrize("first", [5 << 20, (5 << 20) + 77_000])
 def test_an_object_that_was_uploaded_in_parts_is_checked_too(
-    s3_client: Any, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    *,
+    s3_client: Any,
+    s3_endpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: int,
 ) -> None:
-    """As a real server tags it."""
+    """As a real server tags it, also where the last part is the longer one."""
     monkeypatch.setattr(download, "_CHUNK", 1 << 20)
-    content = bytes(range(256)) * 24_000
-    config = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20)
-    s3_client.upload_fileobj(BytesIO(content), BUCKET, "big/weights.bin", Config=config)
+    content = bytes(range(256)) * 44_000
+    place = {"Bucket": BUCKET, "Key": "big/weights.bin"}
+    upload = {**place, "UploadId": s3_client.create_multipart_upload(**place)["UploadId"]}
+    tags = [
+        s3_client.upload_part(**upload, PartNumber=number, Body=body)["ETag"]
+        for number, body in enumerate((content[:first], content[first:]), 1)
+    ]
+    found = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+    s3_client.complete_multipart_upload(**upload, MultipartUpload={"Parts": found})
     source, prefix = f"s3://{BUCKET}/big", f"{BUCKET}/big"
     filesystem, _ = fsspec.url_to_fs(source, endpoint_url=s3_endpoint, skip_instance_cache=True)
-    found = filesystem.find(prefix, detail=True)
-    (tag,) = [about["ETag"].strip('"') for about in found.values()]
+    listed = filesystem.find(prefix, detail=True)
+    (tag,) = [about["ETag"].strip('"') for about in listed.values()]
     assert tag.endswith("-2")
     assert contents(fetch(filesystem, source, prefix, tmp_path)) == {"weights.bin": content}
     damaged = tmp_path / "again" / f"{download.folder_of(prefix)}.partial"

@@ -16,6 +16,7 @@ import torch
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models import families, source
+from tempflow_trainer.models.download import folder_of
 from tempflow_trainer.models.skeleton import skeleton
 from tests.tiny_models import save_sd3
 from tests.unit.trainer.conftest import BUCKET
@@ -127,7 +128,7 @@ def test_a_model_is_copied_from_s3_once(bucket: Any, tiny: Path, tmp_path: Path)
     assert first.transformer.config.num_layers == 2
     bucket.delete_object(Bucket=BUCKET, Key="models/sd3/model_index.json")
     assert families.load(model_of(place), cache=tmp_path, device=CPU) is not None
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [f"{BUCKET}--models--sd3"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [folder_of(f"{BUCKET}/models/sd3")]
 
 
 def test_a_configuration_is_read_from_s3_without_weights(bucket: Any, tiny: Path) -> None:
