@@ -5,6 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := sdk operator trainer tests benchmarks tools
 COMPILE := $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+# Byte code is compiled at set-up: where PYTHONDONTWRITEBYTECODE is set, each of the hundreds of
+# processes that the tests start would spend a quarter of a minute on torch's.
 # One thread a process: torch's threads spin while they wait, which slows tests that run side by side.
 export OMP_NUM_THREADS ?= 1
 # A GPU that is there and does not work is an error, not a reason to skip its tests.
@@ -25,7 +27,7 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip >/dev/null
 	@echo "setting up $(VENV): downloads about 3 GB the first time"
 	@$(RUN) -m pip install -q --disable-pip-version-check uv==$(UV)
-	@$(VENV)/bin/uv pip install -q -p $(VENV) --require-hashes -r requirements.lock
+	@$(VENV)/bin/uv pip install -q -p $(VENV) --compile-bytecode --require-hashes -r requirements.lock
 	@$(VENV)/bin/uv pip install -q -p $(VENV) --no-deps -e .
 	@touch $@
 

@@ -92,8 +92,7 @@ def _stages(folder: Path) -> Path:
 
 def _define(server: Bare) -> None:
     server.kubectl.run("apply", "-f", "-", stdin=crd.document())
-    definition = f"customresourcedefinition/{naming.PLURAL}.{naming.GROUP}"
-    server.kubectl.run("wait", definition, "--for=condition=Established", "--timeout=60s")
+    server.kubectl.wait_established(f"{naming.PLURAL}.{naming.GROUP}")
 
     def watchable() -> bool:
         # Established is said before it is served, and served before it can be watched.

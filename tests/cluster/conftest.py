@@ -88,8 +88,7 @@ def bare_server(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     tools = build.kubectl_and_helm(say)
     with bare.running(build.binaries(say), tools / "kubectl", folder) as server:
         server.kubectl.run("apply", "-f", "-", stdin=crd.document())
-        definition = f"customresourcedefinition/{naming.PLURAL}.{naming.GROUP}"
-        server.kubectl.run("wait", definition, "--for=condition=Established", "--timeout=60s")
+        server.kubectl.wait_established(f"{naming.PLURAL}.{naming.GROUP}")
         rbac.grant(server.kubectl, bare.OPERATOR, name=scenario.RELEASE, namespace=scenario.SYSTEM)
         yield server
 
@@ -185,7 +184,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, say: Say) -> Iterator[ApiServe
         server.start()
         crd = project_images.ROOT / "charts/tempflow/files/crd.yaml"
         server.kubectl.run("apply", "-f", str(crd))
-        server.kubectl.run("wait", "-f", str(crd), "--for=condition=Established")
+        server.kubectl.wait_established(f"{naming.PLURAL}.{naming.GROUP}")
         # Established is said a moment before it is served.
         wait_for("our kind", lambda: server.serves(naming.PLURAL), deadline_seconds=20)
         server.start_garbage_collector()

@@ -34,6 +34,19 @@ class Kubectl:
             raise ClusterError(f"kubectl {' '.join(arguments)[:120]} failed: {why[-500:]}")
         return done.stdout
 
+    def wait_established(self, definition: str) -> None:
+        """For a kind that was just defined. `kubectl wait` fails on a definition without any
+        condition, which one is for a moment."""
+
+        def established() -> bool:
+            conditions = self.get("customresourcedefinition", definition).get("status", {})
+            return any(
+                (one["type"], one["status"]) == ("Established", "True")
+                for one in conditions.get("conditions") or ()
+            )
+
+        wait_for(f"{definition} established", established, deadline_seconds=60)
+
     def environment(self) -> dict[str, str]:
         """The environment in which kubectl and helm find this cluster."""
         return {**os.environ, "KUBECONFIG": str(self.kubeconfig)}

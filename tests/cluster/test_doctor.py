@@ -265,7 +265,7 @@ def kueue(healthy: ApiServer) -> Iterator[None]:
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
         "metadata": {
-            "name": "localqueues.kueue.x-k8s.io",
+            "name": f"{names['plural']}.kueue.x-k8s.io",
             "annotations": {"api-approved.kubernetes.io": "unapproved, of a test"},
         },
         "spec": {
@@ -277,15 +277,15 @@ def kueue(healthy: ApiServer) -> Iterator[None]:
     }
     admin = healthy.kubectl
     admin.apply(definition)
-    path = f"customresourcedefinition/{definition['metadata']['name']}"  # type: ignore[index]
-    admin.run("wait", path, "--for=condition=Established", "--timeout=60s")
+    name = "localqueues.kueue.x-k8s.io"
+    admin.wait_established(name)
     wait_for(
         "queues that are served",
         lambda: findings(healthy)["queue"].state == "warning",
         deadline_seconds=30,
     )
     yield
-    admin.run("delete", path)
+    admin.run("delete", "customresourcedefinition", name)
 
 
 @pytest.mark.usefixtures("kueue")

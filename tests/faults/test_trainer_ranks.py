@@ -47,11 +47,11 @@ def test_a_rank_that_hangs_is_killed_in_time(run: Run, s3: Proxy) -> None:
     assert run.committed() == [1, 2, 3, 4]
 
 
-# Six groups an update, which one, two and three processes share evenly. The last is for Adam, which
+# Six groups an update, which two and three processes share evenly. The last is for Adam, which
 # makes a step of full length of the rounding error of a gradient that cancels out.
 SHARDED: dict[str, dict[str, Any]] = {
     "compute": {"strategy": "shard"},
-    "algorithm": {"epochs": 6, "promptsPerEpoch": 6, "updatesPerEpoch": 1},
+    "algorithm": {"epochs": 5, "promptsPerEpoch": 6, "updatesPerEpoch": 1},
     "optimizer": {"epsilon": 1e-4},
 }
 
@@ -61,7 +61,7 @@ def test_parts_of_weights_go_on_with_another_number_of_ranks(run: Run, s3: Proxy
     code, output = finish(whole.start(changes=SHARDED))
     assert code == ExitCode.DONE, output
     done = 0
-    for attempt, processes in enumerate((2, 1, 3), start=1):
+    for attempt, processes in enumerate((2, 3), start=1):
         hold = Hold(s3, "PutObject", of_step(done + 1, layout.MANIFEST))
         process = run.start(attempt=attempt, processes=processes, changes=SHARDED)
         hold.wait(process)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,12 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    below = psutil.Process(process.pid).children(recursive=True)
-    found = [p for p in below if "tempflow_trainer.main" in p.cmdline() and "-u" in p.cmdline()]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # of torchrun's, and gone already
+            words = child.cmdline()
+            if "tempflow_trainer.main" in words and "-u" in words:
+                found.append(child)
     return sorted(found, key=lambda p: p.pid)
 
 
