@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 TERMINATION_LOG = Path("/dev/termination-log")
 # Between torchrun's kill of a rank that will not stop and the kill of everything.
 SHUTDOWN_RESERVE_SECONDS = 10
+# For torchrun, when its ranks have ended on request: it was seen to live on for minutes.
+LINGER_SECONDS = 30.0
 # A file of each rank that catches SIGTERM.
 BEGAN = "rank-*.began"
 
@@ -149,7 +151,8 @@ def run(environment: Mapping[str, str]) -> tuple[int, str]:
         signal.signal(number, lambda _received, _frame: requests.append(time.monotonic()))
     environment = _with_packages(job.spec, work, environment)
     child = subprocess.Popen(rendezvous.command(), env=_child_environment(job, environment))
-    status = _wait(child, requests)
+    files = _result_files(results, rendezvous)
+    status = _wait(child, requests, lambda: all(file.exists() for file in files.values()))
     shutil.rmtree(work / "staging", ignore_errors=True)
     code, message = how_it_ended(status, results, rendezvous)
     if requests and code == ExitCode.RANK_DIED:
@@ -190,9 +193,10 @@ def stopped(message: str, seconds: float, most: float, *, began: bool) -> tuple[
     return ExitCode.RANK_DIED, message
 
 
-def _wait(child: subprocess.Popen[bytes], requests: list[float]) -> int:
-    """Until the child ends; a request to stop is passed on, as SIGTERM, once."""
-    passed_on = False
+def _wait(child: subprocess.Popen[bytes], requests: list[float], ended: Callable[[], bool]) -> int:
+    """Until the child ends; a request to stop is passed on, as SIGTERM, once. ``ended`` tells that
+    all ranks have said how they ended: the child is not waited for much longer then."""
+    passed_on, over = False, float("inf")
     while True:
         if requests and not passed_on:
             child.send_signal(signal.SIGTERM)
@@ -201,7 +205,10 @@ def _wait(child: subprocess.Popen[bytes], requests: list[float]) -> int:
             # A signal does not end this wait, so it is a short one.
             return child.wait(timeout=0.1)
         except subprocess.TimeoutExpired:
-            continue
+            if requests and over == float("inf") and ended():
+                over = time.monotonic() + LINGER_SECONDS
+            if time.monotonic() >= over:
+                child.kill()
 
 
 def _stop_seconds(spec: JobSpec) -> int:
@@ -241,8 +248,7 @@ def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[in
     """
     if status == 0:
         return ExitCode.DONE, ""
-    first = rendezvous.node_rank * rendezvous.processes
-    files = {r: results / f"rank-{r}.json" for r in range(first, first + rendezvous.processes)}
+    files = _result_files(results, rendezvous)
     told = {r: words for r, file in files.items() if (words := _last_words(file)) is not None}
     failed = [told[rank] for rank in sorted(told) if told[rank]["code"] != ExitCode.DONE]
     own = [result for result in failed if result["code"] != ExitCode.RANK_DIED]
@@ -262,6 +268,12 @@ def how_it_ended(status: int, results: Path, rendezvous: Rendezvous) -> tuple[in
     if failed:
         return ExitCode.RANK_DIED, failed[0]["message"]
     return ExitCode.BUG, f"the launcher of the ranks ended with status {status}"
+
+
+def _result_files(results: Path, rendezvous: Rendezvous) -> dict[int, Path]:
+    """Of the ranks of this node, by rank."""
+    first = rendezvous.node_rank * rendezvous.processes
+    return {r: results / f"rank-{r}.json" for r in range(first, first + rendezvous.processes)}
 
 
 def _last_words(file: Path) -> dict[str, Any] | None:

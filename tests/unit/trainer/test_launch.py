@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tempflow_api import naming
 from tempflow_api.errors import NOT_IN_TIME, AddressInUse, ExitCode, ManifestInvalid
 from tempflow_api.status import Progress
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
+from tempflow_trainer import launch
 from tempflow_trainer.launch import Rendezvous, how_it_ended, last_commit, read_job, stopped
 from tempflow_trainer.progress import ProgressServer
 from tests.numerics.toys import spec_of
@@ -242,3 +245,20 @@ def test_only_a_commit_of_this_very_attempt_is_told(
     words = last_commit(environment)
     assert (words.checkpoint_epoch if words else None) == told
     assert last_commit({**environment, naming.ENV_WORK_DIR: str(tmp_path / "none")}) is None
+
+
+def test_a_torchrun_that_hangs_after_its_ranks_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "LINGER_SECONDS", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", deaf])
+    assert launch._wait(child, [0.0], lambda: True) < 0
+
+
+def test_without_a_request_to_stop_other_nodes_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "LINGER_SECONDS", 0.0)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+    assert launch._wait(child, [], lambda: True) == 0
