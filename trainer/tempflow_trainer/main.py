@@ -65,7 +65,8 @@ MEMORY_REMEDIES = {
     "start": "set spec.model.precision to bfloat16, spec.compute.textCacheMebibytes, or "
     "spec.compute.strategy to shard",
     "rollout": "lower spec.compute.rowsPerCall, or set spec.compute.textCacheMebibytes",
-    "scoring": "lower spec.compute.rowsPerDecode, or set spec.compute.tiledDecode",
+    "scoring": "lower spec.compute.rowsPerDecode, set spec.compute.tiledDecode, or have the reward "
+    "served (spec.rewards[].service)",
     "update": "lower spec.compute.rowsPerTrainingCall, or set spec.compute.gradientCheckpointing",
     "evaluation": "lower spec.compute.rowsPerCall or spec.compute.rowsPerDecode",
     "checkpoint": "lower spec.compute.rowsPerCall, which leaves more room between the phases",

@@ -156,5 +156,8 @@ class Patient(Store):
     def folders(self, prefix: str) -> list[str]:
         return self._ask(lambda: self._inner.folders(prefix))
 
+    def within(self, seconds: float) -> Store:
+        return self._inner.within(min(seconds, self._until - time.monotonic()))
+
     def below(self, folder: str) -> Store:
         return Patient(self._inner.below(folder), self._until)

@@ -298,3 +298,16 @@ def test_a_term_that_does_not_fit_says_what_would(term: dict[str, object], messa
     assert str(caught.value).startswith(message)
     for name in registry.REWARDS if HAS in message else []:
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_memory_that_runs_out_is_no_missing_score(required: bool) -> None:
+    class Large:
+        batch_size = 4
+
+        def score(self, *_: object) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    reward = Reward([Term("large", 1.0, Large(), required=required)])
+    with pytest.raises(torch.OutOfMemoryError):
+        reward.score(torch.zeros(1, 3, 8, 8), ["a"], [{}])

@@ -216,6 +216,8 @@ def _ask(
     """One call, checked: [N] float32, NaN where the score is missing."""
     try:
         answer = term.scorer.score(images_N3HW, prompts, metadata)
+    except torch.OutOfMemoryError:  # the run's own, and no score to be missing: another exit code
+        raise
     except Exception as error:  # whatever a scorer raises, it has no scores
         reason = _reason(error)
         if term.required:
