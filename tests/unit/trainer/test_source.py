@@ -206,6 +206,7 @@ LICENCE = (
 )
 CONFIGURATION = "config.json model_index.json scheduler_config.json"
 LOADED = "StableDiffusion3Pipeline"
+WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 # In this order: what is loaded is in the cache afterwards.
 QUESTIONS: list[tuple[str, dict[str, object], str]] = [
     (
@@ -247,6 +248,11 @@ QUESTIONS: list[tuple[str, dict[str, object], str]] = [
         {"source": "owner/bare"},
         "it has no model_index.json: expected a model in the diffusers layout",
     ),
+    (
+        "damaged",
+        {"source": "owner/damaged"},
+        f"its {WEIGHTS} was damaged on its way: the copy is not what the hub has; try again",
+    ),
     ("class", {"source": "owner/flux"}, "it is a FluxPipeline; see spec.model.family"),
 ]
 
@@ -254,12 +260,12 @@ QUESTIONS: list[tuple[str, dict[str, object], str]] = [
 @pytest.fixture(scope="module")
 def hub(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     root = tmp_path_factory.mktemp("hub")
-    for name in ("open", "gated", "flux"):
+    for name in ("open", "gated", "flux", "damaged"):
         shutil.copytree(tiny, root / "owner" / name)
     (root / "owner" / "bare").mkdir()
     (root / "owner" / "bare" / "README.md").write_text("nothing else")
     of_another_class(root / "owner" / "flux")
-    served = Hub(root, gated={"owner/gated"})
+    served = Hub(root, gated={"owner/gated"}, damaged={f"owner/damaged/{WEIGHTS}"})
     yield served
     served.close()
 
@@ -282,5 +288,11 @@ def test_what_the_hub_gives_and_what_it_refuses(hub: Hub, tmp_path: Path) -> Non
         given = words in (LOADED, CONFIGURATION)
         expected = words if given else start + words.format(hub=hub.endpoint)
         assert answers[name] == expected, name
+    # What was damaged is gone, what was whole is not read again.
+    [damaged] = (tmp_path / "hub").glob("models--owner--damaged")
+    assert not list(damaged.glob(f"snapshots/*/{WEIGHTS}"))
+    whole = {path.name for path in damaged.glob("checked/*")}
+    assert whole
+    assert whole < {path.name for path in damaged.glob("blobs/*")}
     # The class is known before the weights are asked for.
     assert not [path for path in hub.asked if "owner/flux" in path and "safetensors" in path]

@@ -1,6 +1,6 @@
-"""Copies of models from an object store: one download a node, whoever else wants the same.
+"""Copies of models, from an object store or the hub: one download a node, each file checked.
 
-::
+The hub's own client copies, and locks; this module does so for an object store::
 
     <cache>/
       bucket--prefix-1a2b3c4d.lock          held by the process that copies
@@ -15,6 +15,8 @@ was replaced meanwhile begins anew.
 
 import fcntl
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -55,6 +57,39 @@ def fetch(
                 _copy(filesystem, key, about, partial / name)
         partial.rename(target)
     return target
+
+
+def check_hub_files(snapshot: Path) -> None:
+    """Compare large files in the hub's cache with their names, which are their SHA-256.
+
+    Each is read once: what was whole is noted beside the files. A cache that cannot be written to
+    was filled, and so checked, by somebody else.
+
+    Raises:
+        ModelUnavailable: a file is another one; it is deleted, so that the next try asks again.
+        OSError: the disk fails.
+    """
+    repository = snapshot.parents[1]
+    if not os.access(repository, os.W_OK):
+        return
+    checked = repository / "checked"
+    checked.mkdir(exist_ok=True)
+    with _held(repository / "checked.lock"):
+        for file in sorted(path for path in snapshot.rglob("*") if path.is_file()):
+            blob = file.resolve()
+            is_named_by_digest = re.fullmatch("[0-9a-f]{64}", blob.name)
+            if not is_named_by_digest or (checked / blob.name).exists():
+                continue
+            with blob.open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            if found != blob.name:
+                blob.unlink()
+                file.unlink()
+                raise ModelUnavailable(
+                    f"its {file.relative_to(snapshot)} was damaged on its way: the copy is not "
+                    "what the hub has; try again"
+                )
+            (checked / blob.name).touch()
 
 
 def folder_of(prefix: str) -> str:

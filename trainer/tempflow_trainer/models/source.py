@@ -23,7 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from safetensors import SafetensorError
 
 from tempflow_api.errors import ModelUnavailable
-from tempflow_trainer.models.download import fetch
+from tempflow_trainer.models.download import check_hub_files, fetch
 
 BUILTIN = "builtin:"
 ASSETS = Path(str(files("tempflow_trainer"))) / "assets"
@@ -83,7 +83,9 @@ def _from_hub(kind: Any, name: str, revision: str | None) -> Path:
     try:
         index = hf_hub_download(name, INDEX, revision=revision)
         _check_kind(kind, Path(index).parent)
-        return Path(kind.download(name, revision=revision, use_safetensors=True))
+        folder = Path(kind.download(name, revision=revision, use_safetensors=True))
+        check_hub_files(folder)
+        return folder
     except (OSError, ValueError, HTTPError) as error:
         raise ModelUnavailable(hub_error(error, name, revision)) from error
 
