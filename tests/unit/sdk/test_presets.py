@@ -68,6 +68,45 @@ def test_the_papers_numbers(name: str, seeds: int, branches: int, kl: float, noi
     assert spec.sampling.noise_level == noise
 
 
+# Steps in training and in evaluation, pixels a side, guidance; rank, alpha, decay of the average,
+# precision; scope and deviation of advantages; epochs, epochs an evaluation and a save.
+COLUMNS = {
+    "sd35m-pickscore": ((10, 40, 512, 4.5), (32, 64, 0.9, "float16"), (1000, 20, 100)),
+    "sd35m-geneval": ((10, 40, 512, 4.5), (32, 64, 0.9, "float16"), (3000, 20, 100)),
+    "flux-hpsv3": ((10, 50, 1024, 3.5), (32, 64, 0.9, "bfloat16"), (250, 20, 30)),
+    "qwen-image-pickscore": ((10, 50, 512, 4.0), (64, 128, 0.0, "bfloat16"), (250, 20, 30)),
+    "sd35m-flow-grpo": ((10, 40, 512, 4.5), (32, 64, 0.9, "float16"), (1000, 60, 60)),
+    "flux-flow-grpo": ((6, 28, 512, 3.5), (64, 128, 0.9, "bfloat16"), (250, 60, 60)),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_the_papers_settings(name: str) -> None:
+    drawn, tuned, paced = COLUMNS[name]
+    spec = parse_text(preset(name).text, name).job.spec
+    sampling, evaluation, model = spec.sampling, spec.evaluation, spec.model
+    assert (sampling.steps, evaluation.steps, sampling.width, sampling.guidance_scale) == drawn
+    assert sampling.height == sampling.width
+    assert sampling.training_guidance_scale is None
+    assert model.lora is not None
+    assert (model.lora.rank, model.lora.alpha, model.ema.decay, model.precision) == tuned
+    assert (model.lora.init, model.ema.every_updates) == ("gaussian", 8 if model.ema.decay else 1)
+    checkpoint = spec.checkpoint
+    assert (spec.algorithm.epochs, evaluation.every_epochs, checkpoint.every_epochs) == paced
+    ours = spec.algorithm.method == "tempflow"
+    advantage = spec.algorithm.advantage
+    compared = ("seed", "group") if ours else ("prompt", "global")
+    assert (advantage.scope, advantage.deviation) == compared
+    assert spec.algorithm.weighting == ("noise-aware" if ours else "none")
+    assert spec.compute.nodes * spec.compute.processes_per_node == (48 if ours else 32)
+    optimizer = spec.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.max_grad_norm) == (
+        3e-4,
+        1e-4,
+        1,
+    )
+
+
 def test_an_unknown_name() -> None:
     with pytest.raises(Refused, match=r"^no preset 'digts'; did you mean 'digits'\?$"):
         preset("digts")
