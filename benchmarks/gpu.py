@@ -42,8 +42,8 @@ from tempflow_trainer.data import load_prompts
 from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.loop import Run
 from tempflow_trainer.models.base import Conditioning, FlowModel
-from tempflow_trainer.models.flux import Flux
-from tempflow_trainer.models.sd3 import Sd3
+from tempflow_trainer.models.families.flux import Flux
+from tempflow_trainer.models.families.sd3 import Sd3
 
 ALONE = Ranks(rank=0, world=1, local_rank=0)
 FULL_VAE = {

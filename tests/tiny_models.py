@@ -91,8 +91,13 @@ def vae() -> AutoencoderKL:
     )
 
 
-def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """About 80,000 random parameters; the VAE halves the resolution."""
+def sd3_pipeline(
+    seed: int = 0, *, qk_norm: str | None = "rms_norm", dual_attention: tuple[int, ...] = ()
+) -> StableDiffusion3Pipeline:
+    """About 80,000 random parameters; the VAE halves the resolution.
+
+    Queries and keys have a norm as in SD3.5, and no block a second attention, as in its Large.
+    """
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = SD3Transformer2DModel(
@@ -107,7 +112,8 @@ def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
         joint_attention_dim=32,
         pooled_projection_dim=64,
         pos_embed_max_size=32,
-        qk_norm="rms_norm",
+        qk_norm=qk_norm,
+        dual_attention_layers=dual_attention,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,

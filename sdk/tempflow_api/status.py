@@ -65,7 +65,16 @@ class Progress(Observed):
     epoch: Count
     """Epochs completed."""
     epochs: Count
-    phase: Literal["starting", "rollout", "scoring", "update", "evaluation", "checkpoint", "done"]
+    phase: Literal[
+        "starting",
+        "self-test",
+        "rollout",
+        "scoring",
+        "update",
+        "evaluation",
+        "checkpoint",
+        "done",
+    ]
     attempt: Count = 0
     incarnation: Count = 0
     """Start of that attempt, from 1, as the ledger of the checkpoints counts them."""

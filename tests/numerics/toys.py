@@ -49,6 +49,9 @@ class Toy(FlowModel):
         rows = [seeds.normal((TEXT_WIDTH,), 0, prompt) for prompt in prompts]
         return Conditioning({"text": torch.stack(rows)})
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (TEXT_WIDTH,)}
+
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         return latents_BCHW.float().sigmoid().expand(-1, 3, -1, -1)
 

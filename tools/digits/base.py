@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from tempflow_trainer.models.digits import DigitsPipeline
+from tempflow_trainer.models.families.digits import DigitsPipeline
 from tempflow_trainer.rewards.digits import DIGIT_NAMES, PICTURE_SIZE
 from tools.digits.data import Digits, halve
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tempflow_trainer.models.digits import DigitsPipeline
+from tempflow_trainer.models.families.digits import DigitsPipeline
 from tempflow_trainer.rewards.digits import (
     DIGIT_BOX_SHARE,
     DIGIT_NAMES,

@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from tempflow_trainer.models.digits import DigitsPipeline
+from tempflow_trainer.models.families.digits import DigitsPipeline
 from tempflow_trainer.rewards.digits import LANDMARK_LEVELS, DigitClassifier, RbfJudge
 from tools.digits.base import BaseRecipe, make_pipeline, train_base
 from tools.digits.data import DEFAULT_CACHE, load_splits

@@ -75,6 +75,9 @@ class _Counting(FlowModel):
         del prompts
         return Conditioning({})
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
         del conditioning
         level = float(sigma_B[0])

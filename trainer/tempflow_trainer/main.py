@@ -64,6 +64,8 @@ SERVED_PARTS = 8
 MEMORY_REMEDIES = {
     "start": "set spec.model.precision to bfloat16, spec.compute.textCacheMebibytes, or "
     "spec.compute.strategy to shard",
+    "self-test": "lower spec.compute.rowsPerCall and spec.compute.rowsPerTrainingCall, or set "
+    "spec.compute.gradientCheckpointing",
     "rollout": "lower spec.compute.rowsPerCall, or set spec.compute.textCacheMebibytes",
     "scoring": "lower spec.compute.rowsPerDecode, set spec.compute.tiledDecode, or have the reward "
     "served (spec.rewards[].service)",
@@ -93,11 +95,17 @@ def device_of(spec: JobSpec, local_rank: int) -> torch.device:
     return device
 
 
-def tuning_of(spec: JobSpec, model: FlowModel) -> Tuning:
+def in_parts(spec: JobSpec, ranks: Ranks) -> bool:
+    """Whether each rank holds its share of the network only."""
+    return spec.compute.strategy == "shard" and ranks.world > 1
+
+
+def tuning_of(spec: JobSpec, model: FlowModel, *, to_be_sharded: bool = False) -> Tuning:
     """The weights of ``model`` that the job trains; they are set up for it."""
     if spec.model.lora is not None:
         return LoraTuning(model, spec.model.lora, spec.algorithm.seed)
-    return FullTuning(model, keep_reference=spec.algorithm.kl_coefficient > 0)
+    keep_reference = spec.algorithm.kl_coefficient > 0
+    return FullTuning(model, keep_reference=keep_reference, to_be_sharded=to_be_sharded)
 
 
 def build_run(
@@ -112,6 +120,8 @@ def build_run(
 ) -> Run:
     """The parts of a run, from a specification that keeps all rules.
 
+    The model is on ``device``, or on the CPU where each rank is to hold its share of it.
+
     Raises:
         ManifestInvalid: guidance that this model does not have.
         RewardFailed: a reward that does not exist, or compares draws where there is one.
@@ -119,9 +129,12 @@ def build_run(
     algorithm, sampling = spec.algorithm, spec.sampling
     require_guidance(spec, model)
     set_memory_savers(spec, model)
-    tuning = tuning_of(spec, model)
-    if spec.compute.strategy == "shard" and ranks.world > 1:
+    sharded = in_parts(spec, ranks)
+    tuning = tuning_of(spec, model, to_be_sharded=sharded)
+    if sharded:
         tuning.shard(ranks, device)
+        # A cache brings the text encoders to the device when it needs them.
+        model.move_rest(device, text_encoders=not spec.compute.text_cache_mebibytes)
     policy = Policy.of(
         model,
         guidance_scale=sampling.guidance_scale,
@@ -295,7 +308,9 @@ def train(
     prompts = load_prompts(spec)
     connected = registry.connect(spec.rewards, stop_requested)
     cache = Path(environment.get(naming.ENV_MODEL_CACHE, work / "models"))
-    model = families.load(spec.model, cache=cache, device=device)
+    # A network that no device could hold whole arrives there in parts.
+    home = torch.device("cpu") if in_parts(spec, ranks) else device
+    model = families.load(spec.model, cache=cache, device=home)
     place = Place(device, work / "models")
     run = build_run(spec, model, prompts, ranks, device, stop_requested, place, connected)
     if ranks.any(stop_requested()):

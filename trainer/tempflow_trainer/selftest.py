@@ -74,7 +74,8 @@ def once(
 
     if not spec.self_test.enabled or run.ranks.agreed(known):
         return
-    report = examine(run, reward, spec)
+    with run.clock("self-test"):
+        report = examine(run, reward, spec)
     found = problem(report)
     run.ranks.on_first(keep)
     if found:

@@ -16,17 +16,20 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(network: nn.Module, *, world: int, device: torch.device) -> None:
+def shard(network: nn.Module, *, world: int, device: torch.device, widen: bool) -> None:
     """Leave this rank its share of the parameters, which must be equal on all ranks before.
 
     The units that are gathered are the members of the network's lists of blocks, and what remains.
-    Gradients become sums over the ranks, as the loss is divided by the rows of all of them.
+    One after the other becomes float32 if ``widen``, and goes to ``device``, where its share alone
+    stays: the network may be anywhere before, and is never whole there. Gradients become sums over
+    the ranks, as the loss is divided by the rows of all of them.
     """
     mesh = init_device_mesh(device.type, (world,))
     lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    for block in (block for blocks in lists for block in blocks):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    for unit in (*(block for blocks in lists for block in blocks), network):
+        if widen:
+            unit.float()
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tempflow_api.v1alpha1 import JobSpec
+from tempflow_api import naming
+from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy
@@ -31,15 +33,17 @@ class Case:
     negative: str = ""
     pipeline: Callable[[], Any] | None = None
     """Makes its tiny pipeline; the digits model has none."""
+    variant: str = ""
+    """Of the family's published models, which one's architecture it has."""
 
     def __str__(self) -> str:
-        return self.family
+        return self.variant or self.family
 
     def source(self, folders: Path) -> str:
         """Where the model is, saved on first use."""
         if self.pipeline is None:
             return "builtin:digits"
-        folder = folders / self.family
+        folder = folders / str(self)
         if not folder.exists():
             self.pipeline().save_pretrained(folder)
         return str(folder)
@@ -85,6 +89,29 @@ class Case:
                 },
                 "rewards": [{"name": "digit-ink", "weight": 1}],
                 "compute": {"device": "cpu", "rowsPerCall": 8, "rowsPerTrainingCall": 4},
+            }
+        )
+
+    def job(self, folders: Path, epochs: int, **compute: object) -> TempFlowGRPOJob:
+        """A whole job: so many updates, and a small evaluation at both ends."""
+        spec = self.spec(folders).model_dump()
+        spec["algorithm"]["epochs"] = epochs
+        spec["model"]["ema"]["every_updates"] = (
+            1  # else a short run would export what it began with
+        )
+        spec["evaluation"] |= {
+            "steps": 2,
+            "prompts": 1,
+            "images_per_prompt": 1,
+            "every_epochs": epochs,
+        }
+        spec["compute"] |= compute
+        return TempFlowGRPOJob.model_validate(
+            {
+                "apiVersion": naming.API_VERSION,
+                "kind": naming.KIND,
+                "metadata": {"name": "demo"},
+                "spec": spec,
             }
         )
 
@@ -137,6 +164,22 @@ SD3 = Case("sd3", guidance=4.5, pipeline=tiny_models.sd3_pipeline)
 FLUX = Case("flux", guidance=3.5, pipeline=tiny_models.flux_pipeline)
 QWEN = Case("qwen-image", guidance=4.0, negative=" ", pipeline=tiny_models.qwen_pipeline)
 KLEIN = Case("flux2-klein", guidance=4.0, pipeline=tiny_models.klein_pipeline)
+# What the other published models of a family are built like.
+VARIANTS = [
+    Case("sd3", 4.5, pipeline=partial(tiny_models.sd3_pipeline, qk_norm=None), variant="sd3-first"),
+    Case(
+        "sd3",
+        4.5,
+        pipeline=partial(tiny_models.sd3_pipeline, dual_attention=(0,)),
+        variant="sd3.5-medium",
+    ),
+    Case(
+        "flux2-klein",
+        1.0,
+        pipeline=partial(tiny_models.klein_pipeline, distilled=True),
+        variant="klein-distilled",
+    ),
+]
 
 
 def plain_pipeline(case: Case, folders: Path) -> Any:

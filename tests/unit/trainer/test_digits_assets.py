@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tempflow_trainer.models.digits import DigitsPipeline
+from tempflow_trainer.models.families.digits import DigitsPipeline
 from tempflow_trainer.rewards.digits import (
     DIGIT_NAMES,
     DigitJudge,

@@ -162,10 +162,17 @@ def test_the_work_is_cut_as_the_ranks_cut_it(world: int) -> None:
     assert (told.processes, told.rows_per_update) == (world, max(shares) * 4)
 
 
-@pytest.mark.parametrize("case", [DIGITS, SD3, FLUX, QWEN, KLEIN], ids=str)
-def test_every_family_is_explained_from_its_configuration(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [(case, "float32") for case in (DIGITS, SD3, FLUX, QWEN, KLEIN)]
+    + [(SD3, "float16"), (FLUX, "bfloat16")],
+    ids=str,
+)
+def test_every_family_is_explained_from_its_configuration(
+    case: Case, precision: str, tmp_path: Path
+) -> None:
     """A folder without a single weight will do, and the counts are those of the real model."""
-    spec = case.spec(tmp_path)
+    spec = case.spec(tmp_path, precision)
     real = families.load(spec.model, cache=tmp_path, device=CPU)
     weights = sum(p.numel() for p in real.transformer.parameters())
     if case.pipeline is not None:

@@ -1,5 +1,6 @@
 """What every family of models must do, each as a tiny random model beside its own pipeline."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tempflow.manifest import parse_text
-from tempflow.presets import preset
+from tempflow.presets import all_presets
 from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Lora
 from tempflow_trainer import loop, main
@@ -19,9 +21,9 @@ from tempflow_trainer.data import load_prompts
 from tempflow_trainer.loop import Run
 from tempflow_trainer.models import families, packed
 from tempflow_trainer.models.base import Conditioning, FlowModel
-from tempflow_trainer.models.flux import Flux
-from tempflow_trainer.models.qwen_image import QwenImage
-from tempflow_trainer.models.sd3 import Sd3
+from tempflow_trainer.models.families.qwen_image import QwenImage
+from tempflow_trainer.models.families.sd3 import Sd3
+from tempflow_trainer.models.skeleton import skeleton
 from tempflow_trainer.models.tuning import LoraTuning, load_result
 from tests import tiny_models
 from tests.unit.trainer.family_cases import (
@@ -35,6 +37,7 @@ from tests.unit.trainer.family_cases import (
     QWEN,
     SD3,
     STEPS,
+    VARIANTS,
     Case,
     plain_pipeline,
     starts,
@@ -84,6 +87,8 @@ def test_shapes(case: Case, folders: Path) -> None:
     model, (height, width) = case.load(folders), case.size()
     x, read = starts(model, height, width, 3), model.encode([*PROMPTS, PROMPTS[0]])
     assert {len(tensor) for tensor in read.tensors.values()} == {3}
+    numbers = {n: tuple(t.shape[1:]) for n, t in read.tensors.items() if t.is_floating_point()}
+    assert numbers == model.text_shapes()
     assert velocity(case, model, x, sigmas(0.9, 0.5, 0.1), read).shape == x.shape
     images = model.decode(x)
     assert (images.shape, images.dtype) == ((3, 3, height, width), torch.float32)
@@ -129,8 +134,11 @@ def test_guidance_counts_the_rows_it_costs(case: Case, folders: Path) -> None:
     assert not torch.allclose(found[1.0], found[case.guidance], rtol=0, atol=1e-2)
 
 
-@every_pipeline
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [(c, s) for c in WITH_PIPELINE for s in SIZES] + [(c, SIZES[2]) for c in VARIANTS],
+    ids=str,
+)
 def test_sampling_is_what_the_pipeline_does(
     case: Case, size: tuple[int, int], folders: Path
 ) -> None:
@@ -206,9 +214,13 @@ def copy_of(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-@every_family
+KINDS = [("lora", "float32"), ("lora", "bfloat16"), ("full", "bfloat16")]
+
+
 @pytest.mark.parametrize(
-    ("tuning", "precision"), [("lora", "float32"), ("lora", "bfloat16"), ("full", "bfloat16")]
+    ("case", "tuning", "precision"),
+    [(case, *kind) for case in EVERY for kind in KINDS] + [(SD3, "lora", "float16")],
+    ids=str,
 )
 def test_an_epoch_changes_what_is_trained(
     case: Case, tuning: str, precision: str, folders: Path
@@ -228,7 +240,7 @@ def test_an_epoch_changes_what_is_trained(
     assert len(learned) > len(trained) / 3  # at first an update has a gradient in one factor only
 
 
-@every_pipeline
+@pytest.mark.parametrize("case", WITH_PIPELINE + VARIANTS, ids=str)
 def test_an_exported_adapter_means_the_same_to_the_pipeline(
     case: Case, folders: Path, tmp_path: Path
 ) -> None:
@@ -342,69 +354,125 @@ def test_flux_without_an_input_for_guidance_ignores_it(folders: Path) -> None:
     assert model.embed_guidance(read, 3.5) is read
 
 
-def full_size(kind: Callable[..., torch.nn.Module], **config: object) -> torch.nn.Module:
+def full_size(kind: Callable[..., torch.nn.Module], **config: object) -> Any:
     """A published transformer without memory for its weights."""
     with torch.device("meta"):
         return kind(**config)
 
 
-def sd35_medium() -> FlowModel:
-    """Values of diffusers' scripts/convert_sd3_to_diffusers.py for the 2.5B model."""
-    pipeline = tiny_models.sd3_pipeline()
-    pipeline.transformer = full_size(
-        SD3Transformer2DModel,
-        sample_size=128,
-        patch_size=2,
-        in_channels=16,
+def sd35(**config: object) -> Any:
+    """Values of diffusers' scripts/convert_sd3_to_diffusers.py."""
+    common = {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "attention_head_dim": 64,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "qk_norm": "rms_norm",
+    }
+    return full_size(SD3Transformer2DModel, **common, **config)
+
+
+def sd35_medium() -> Any:
+    return sd35(
         num_layers=24,
         num_attention_heads=24,
-        attention_head_dim=64,
-        joint_attention_dim=4096,
         caption_projection_dim=1536,
-        pooled_projection_dim=2048,
         pos_embed_max_size=384,
         dual_attention_layers=tuple(range(13)),
-        qk_norm="rms_norm",
     )
-    return Sd3(pipeline, max_text_tokens=MAX_TEXT_TOKENS)
 
 
-def flux_dev() -> FlowModel:
+def sd35_large() -> Any:
+    return sd35(
+        num_layers=38,
+        num_attention_heads=38,
+        caption_projection_dim=2432,
+        pos_embed_max_size=192,
+    )
+
+
+def flux_dev() -> Any:
     """diffusers' defaults are FLUX.1's; the input for guidance is what makes it FLUX.1-dev."""
-    pipeline = tiny_models.flux_pipeline()
-    pipeline.transformer = full_size(FluxTransformer2DModel, guidance_embeds=True)
-    return Flux(pipeline, max_text_tokens=MAX_TEXT_TOKENS)
+    return full_size(FluxTransformer2DModel, guidance_embeds=True)
 
 
-def qwen_image() -> FlowModel:
+def qwen_image() -> Any:
     """diffusers' defaults are Qwen-Image's."""
-    pipeline = tiny_models.qwen_pipeline()
-    pipeline.transformer = full_size(QwenImageTransformer2DModel)
-    return QwenImage(pipeline, max_text_tokens=MAX_TEXT_TOKENS)
+    return full_size(QwenImageTransformer2DModel)
 
 
-@pytest.mark.parametrize(
-    ("names", "build_model", "billions", "projections"),
-    [
-        # The text stream of the last of 24 blocks has no output projection.
-        (("sd35m-pickscore", "sd35m-geneval", "sd35m-flow-grpo"), sd35_medium, 2.24, 8 * 24 - 1),
-        # 12 in each of the 19 blocks of two streams; q, k and v in each of the 38 joint blocks.
-        (("flux-hpsv3", "flux-flow-grpo"), flux_dev, 11.90, 12 * 19 + 3 * 38),
-        (("qwen-image-pickscore",), qwen_image, 20.43, 12 * 60),
-    ],
-    ids=["sd3", "flux", "qwen-image"],
-)
-def test_presets_adapt_the_published_models(
-    names: tuple[str, ...],
-    build_model: Callable[[], FlowModel],
-    billions: float,
-    projections: int,
-) -> None:
-    model = build_model()
-    weights = sum(p.numel() for p in model.transformer.parameters())
-    assert weights / 1e9 == pytest.approx(billions, abs=0.005)
-    loras = [parse_text(preset(name).text, name).job.spec.model.lora for name in names]
-    targets = {tuple(lora.targets or model.lora_targets) for lora in loras if lora}
-    assert targets == {model.lora_targets}
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+OF_TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+
+
+def projections(blocks: str, count: int, *groups: tuple[str, ...]) -> set[str]:
+    """Of every block of a list."""
+    return {f"{blocks}.{i}.{name}" for i in range(count) for group in groups for name in group}
+
+
+def sd3_projections(blocks: int) -> set[str]:
+    """The text stream of the last block has no output."""
+    last = f"transformer_blocks.{blocks - 1}.attn.to_add_out"
+    return projections("transformer_blocks", blocks, ATTENTION, OF_TEXT) - {last}
+
+
+def feed_forward(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name}.net.{layer}" for name in names for layer in ("0.proj", "2"))
+
+
+PUBLISHED = {
+    "stabilityai/stable-diffusion-3.5-medium": (
+        sd35_medium,
+        2_243_171_520,
+        sd3_projections(24),
+    ),
+    "black-forest-labs/FLUX.1-dev": (
+        flux_dev,
+        11_901_408_320,
+        projections("transformer_blocks", 19, ATTENTION, OF_TEXT, feed_forward("ff", "ff_context"))
+        | projections("single_transformer_blocks", 38, ATTENTION[:3]),
+    ),
+    "Qwen/Qwen-Image": (
+        qwen_image,
+        20_430_401_088,
+        projections(
+            "transformer_blocks", 60, ATTENTION, OF_TEXT, feed_forward("img_mlp", "txt_mlp")
+        ),
+    ),
+}
+
+
+def assert_adapts(model: FlowModel, expected: set[str], folder: Path) -> None:
+    """The names in the exported file are those of the projections, two tensors each."""
     tuning = LoraTuning(model, Lora(rank=1), 0)
-    assert len(tuning.parameters()) == 2 * projections
+    tuning.export(folder, {name: torch.zeros(1) for name in tuning.parameters()})
+    [file] = folder.glob("adapter/*.safetensors")
+    found = load_file(file).keys()
+    assert found == {f"transformer.{p}.lora_{ab}.weight" for p in expected for ab in "AB"}
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_presets_train_the_published_models(source: str, tmp_path: Path) -> None:
+    """By the configurations that ship with the package, which are the libraries' own values."""
+    build_transformer, parameters, expected = PUBLISHED[source]
+    specs = [parse_text(found.text, found.name).job.spec for found in all_presets()]
+    models = [spec.model for spec in specs if spec.model.source == source]
+    assert models
+    published = skeleton(models[0]).model
+    assert sum(p.numel() for p in published.transformer.parameters()) == parameters
+    mine, theirs = build_transformer().config, published.transformer.config
+    for name in (name for name in mine if not name.startswith("_")):
+        assert json.dumps(theirs[name]) == json.dumps(mine[name]), name  # tuples are lists there
+    targets = {tuple(m.lora.targets or published.lora_targets) for m in models if m.lora}
+    assert targets == {published.lora_targets}
+    assert_adapts(published, expected, tmp_path)
+
+
+def test_the_large_model_of_a_family_has_the_same_names(tmp_path: Path) -> None:
+    pipeline = tiny_models.sd3_pipeline()
+    pipeline.transformer = sd35_large()
+    model = Sd3(pipeline, max_text_tokens=MAX_TEXT_TOKENS)
+    assert sum(p.numel() for p in model.transformer.parameters()) == 8_056_627_520
+    assert_adapts(model, sd3_projections(38), tmp_path)

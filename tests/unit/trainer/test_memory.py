@@ -18,7 +18,18 @@ from tempflow_trainer.metrics import Stopwatch
 from tempflow_trainer.models.base import Conditioning, FlowModel
 from tempflow_trainer.models.text_cache import TextCache
 from tests.numerics.toys import Gaussian
-from tests.unit.trainer.family_cases import ALONE, CPU, DIGITS, PROMPTS, SD3, Case, starts
+from tests.unit.trainer.family_cases import (
+    ALONE,
+    CPU,
+    DIGITS,
+    FLUX,
+    KLEIN,
+    PROMPTS,
+    QWEN,
+    SD3,
+    Case,
+    starts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +97,29 @@ def test_checkpointing_keeps_a_fraction_for_the_same_gradient(folders: Path) -> 
         found[switch] = gradient(run), kept_for_the_backward(model)
     torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-4, atol=1e-8)
     assert found[True][1] < found[False][1] / 3
+
+
+@pytest.mark.parametrize("case", [SD3, FLUX, QWEN, KLEIN], ids=str)
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_what_is_frozen_takes_half_in_half_precision(
+    case: Case, precision: str, folders: Path
+) -> None:
+    """What is trained stays float32, and in float16 one product of T5's, which would overflow."""
+
+    def frozen(kind: str) -> dict[str, int]:
+        model, _ = run_of(case, folders, model={"precision": kind})
+        parts = [model.transformer, model.pipeline.vae, *model.text_encoders()]
+        return {
+            f"{type(part).__name__} {number} {name}": p.numel() * p.element_size()
+            for number, part in enumerate(parts)
+            for name, p in part.named_parameters()
+            if not p.requires_grad
+        }
+
+    whole, half = frozen("float32"), frozen(precision)
+    kept = {name for name in whole if half[name] != whole[name] / 2}
+    overflows = {name for name in whole if name.startswith("T5") and name.endswith("wo.weight")}
+    assert kept == (overflows if precision == "float16" else set())
 
 
 def test_float16_has_the_gradient_of_float32(folders: Path) -> None:
@@ -221,6 +255,7 @@ def test_tiles_bound_what_the_decoder_holds(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("phase", "setting"),
     [
+        ("self-test", "rowsPerTrainingCall"),
         ("rollout", "rowsPerCall"),
         ("scoring", "rowsPerDecode"),
         ("update", "rowsPerTrainingCall"),

@@ -13,7 +13,7 @@ from tempflow_api.v1alpha1 import Lora, Model
 from tempflow_trainer import seeds
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import Policy
-from tempflow_trainer.models.sd3 import Sd3
+from tempflow_trainer.models.families.sd3 import Sd3
 from tempflow_trainer.models.tuning import LoraTuning
 from tempflow_trainer.rollout import Walker
 from tests.numerics.toys import CPU

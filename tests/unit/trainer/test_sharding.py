@@ -5,20 +5,35 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api import naming
+from tempflow_api.errors import Preempted
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
+from tempflow_trainer import loop, main, sharding
+from tempflow_trainer.data import load_prompts
+from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.main import train
+from tempflow_trainer.models import families
 from tempflow_trainer.models.tuning import LORA_FILE
+from tempflow_trainer.rollout import Rollouts, Walker
 from tests.numerics.toys import ALONE
+from tests.unit.trainer.family_cases import CPU, FLUX, KLEIN, QWEN, SD3, Case
 from tests.unit.trainer.sessions import Rows, final_state, rows
 from tests.unit.trainer.test_ranks import assert_close, job_of
 
@@ -48,6 +63,8 @@ HALF: dict[str, object] = {
     "algorithm.clipRange": 0.05,
 }
 SHORT: dict[str, object] = {"algorithm.epochs": 3}
+# FLUX has two lists of blocks, Qwen-Image a mask among its inputs.
+FAMILIES = [FLUX, QWEN]
 
 
 def job(tuning: dict[str, object], strategy: str, processes: int) -> TempFlowGRPOJob:
@@ -106,6 +123,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             jobs[f"{name} {strategy}"] = job(tuning, strategy, 2)
         jobs[f"{name} from one to two"] = job(tuning, "shard", 2)
         jobs[f"{name} from two to one"] = job({**tuning, **SHORT}, "shard", 2)
+    for case in FAMILIES:
+        alone(case.job(found.folder, epochs=2), found[f"{case} alone"])
+        for strategy in ("replicate", "shard"):
+            two = {"strategy": strategy, "processes_per_node": 2}
+            jobs[f"{case} {strategy}"] = case.job(found.folder, epochs=2, **two)
     found.together(jobs)
     for name, tuning in (("lora", LORA), ("full", FULL)):
         alone(job(tuning, "replicate", 1), found[f"{name} from two to one"])
@@ -187,3 +209,112 @@ def test_each_process_holds_about_half(runs: Runs, tuning: str) -> None:
         for here, everywhere in held:
             assert everywhere > 250_000
             assert here < 0.6 * everywhere
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_other_networks_are_shared_as_well(runs: Runs, case: Case, strategy: str) -> None:
+    one, other = runs[f"{case} alone"], runs[f"{case} {strategy}"]
+    mine, theirs = numbers(one, layout.METRICS), numbers(other, layout.METRICS)
+    for row, another in zip(mine, theirs, strict=True):
+        assert_close(row, another, SAME_NUMBERS)
+    expected, found = final_state(one).trained, final_state(other).trained
+    assert expected.keys() == found.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=SAME_WEIGHTS)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[Ranks]:
+    """The first of two processes, whose peer is pretended."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield Ranks(rank=0, world=2, local_rank=0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", [SD3, FLUX, QWEN, KLEIN], ids=str)
+def test_no_network_is_whole_where_it_is_trained(
+    case: Case, tmp_path: Path, two_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit is widened and sent when all units before it are in parts: of a network that is too
+    large for a device, and of the one before training, one block at a time is there."""
+    spec = case.spec(tmp_path, precision="bfloat16", tuning="full")
+    compute = spec.compute.model_copy(update={"strategy": "shard", "processes_per_node": 2})
+    spec = spec.model_copy(update={"compute": compute})
+    model = case.load(tmp_path, "bfloat16")
+    most = {"float32": 0.0}
+    total = sum(p.numel() for p in model.transformer.parameters())
+    networks: set[int] = set()
+
+    def watch(unit: nn.Module, **given: object) -> None:
+        whole = [p for p in unit.parameters() if not isinstance(p, DTensor)]
+        assert {p.dtype for p in whole} == {torch.float32}
+        most["float32"] = max(most["float32"], sum(p.numel() for p in whole) / total)
+        networks.add(id(unit))
+        really(unit, **given)
+
+    really: Any = fully_shard
+    monkeypatch.setattr(sharding, "fully_shard", watch)
+    run = main.build_run(spec, model, load_prompts(spec), two_ranks, CPU, lambda: False)
+    blocks = [b for c in model.transformer.children() if isinstance(c, nn.ModuleList) for b in c]
+    assert len(networks) == 2 * (len(blocks) + 1)  # with the network before training
+    assert most["float32"] < 0.7
+    held = run.tuning.parameters().values()
+    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in held)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_rest_of_a_model_follows_to_the_device(tmp_path: Path, cached: bool) -> None:
+    model = SD3.load(tmp_path)
+    model.move_rest(torch.device("meta"), text_encoders=not cached)
+    assert model.transformer.device == CPU
+    assert model.pipeline.vae.device.type == "meta"
+    devices = {next(encoder.parameters()).device.type for encoder in model.text_encoders()}
+    assert devices == {"cpu" if cached else "meta"}
+
+
+@pytest.mark.parametrize(("strategy", "place"), [("shard", "cpu"), ("replicate", "meta")])
+def test_a_model_is_loaded_where_it_fits(
+    tmp_path: Path,
+    two_ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    place: str,
+) -> None:
+    """On the host where each device holds a part of it."""
+
+    def load(_model: object, *, device: torch.device, **_: object) -> None:
+        raise InterruptedError(device.type)
+
+    monkeypatch.setenv(naming.ENV_WORK_DIR, str(tmp_path / "demo"))
+    monkeypatch.setattr(main, "device_of", lambda _spec, _local_rank: torch.device("meta"))
+    monkeypatch.setattr(families, "load", load)
+    found = job({**LORA, "compute.preflight": False}, strategy, 2)
+    with pytest.raises(InterruptedError, match=place):
+        train(found, two_ranks, lambda: False, LogTail(0, 0))
+
+
+def test_a_rollout_exchanges_nothing(
+    tmp_path: Path, two_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no process waits for another one's slower images."""
+    spec = SD3.spec(tmp_path)
+    counted: list[int] = []
+    with CommDebugMode() as voted:
+        assert two_ranks.any(True)
+    assert voted.get_total_counts() == 1
+
+    def watch(walker: Walker, *given: Any) -> Rollouts:
+        with CommDebugMode() as seen:
+            found = collect(walker, *given)
+        counted.append(seen.get_total_counts())
+        return found
+
+    collect = Walker.collect
+    monkeypatch.setattr(Walker, "collect", watch)
+    model = SD3.load(tmp_path)
+    prompts = load_prompts(spec)
+    run = main.build_run(spec, model, prompts, two_ranks, CPU, lambda: bool(counted))
+    with pytest.raises(Preempted):
+        loop.run_epoch(run, 0)
+    assert counted == [0]

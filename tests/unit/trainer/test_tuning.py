@@ -16,7 +16,7 @@ from tempflow_trainer.loop import Run
 from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import FlowModel, Policy
-from tempflow_trainer.models.sd3 import Sd3
+from tempflow_trainer.models.families.sd3 import Sd3
 from tempflow_trainer.models.tuning import LORA_FILE, FullTuning, LoraTuning, Tuning, load_result
 from tests.numerics.toys import ALONE, CPU, spec_of
 from tests.tiny_models import sd3_pipeline

@@ -67,6 +67,13 @@ class FlowModel(ABC):
         """One row a prompt."""
 
     @abstractmethod
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the floating-point tensors that ``encode`` gives for one prompt, as long as it may be.
+
+        Known without weights: by them the cost of a job is told. Masks cost nothing.
+        """
+
+    @abstractmethod
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's v at noise levels ``sigma_B`` in [0, 1], same shape as the latents."""
 
@@ -82,6 +89,13 @@ class FlowModel(ABC):
             for name, part in parts.items()
             if name.startswith("text_encoder") and part is not None
         ]
+
+    def move_rest(self, device: torch.device, *, text_encoders: bool) -> None:
+        """Bring all but the transformer to ``device``, or that without the text encoders."""
+        stay = [self.transformer, *([] if text_encoders else self.text_encoders())]
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module) and all(part is not other for other in stay):
+                part.to(device)
 
     def decode_in_tiles(self) -> None:
         """Decode large latents piece by piece from now on: less memory, blended seams."""

@@ -7,11 +7,9 @@ with fake tensors, which compute shapes as tensors of a processor would. On the 
 attention takes another path, with memory for every pair of tokens.
 """
 
-import importlib
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,39 +24,8 @@ from tempflow_api.errors import ModelUnavailable
 from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models import families
 from tempflow_trainer.models.base import Conditioning, FlowModel
-from tempflow_trainer.models.digits import Digits, DigitsPipeline
+from tempflow_trainer.models.families.digits import Digits, DigitsPipeline
 from tempflow_trainer.models.source import ASSETS, INDEX, configurations
-
-CLIP_TOKENS = 77
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _sd3_text(config: Any, max_text_tokens: int) -> Shapes:
-    return {
-        "encoder_hidden_states": (CLIP_TOKENS + max_text_tokens, config.joint_attention_dim),
-        "pooled_projections": (config.pooled_projection_dim,),
-    }
-
-
-def _flux_text(config: Any, max_text_tokens: int) -> Shapes:
-    return {
-        "encoder_hidden_states": (max_text_tokens, config.joint_attention_dim),
-        "pooled_projections": (config.pooled_projection_dim,),
-    }
-
-
-def _qwen_text(config: Any, max_text_tokens: int) -> Shapes:
-    return {"encoder_hidden_states": (max_text_tokens, config.joint_attention_dim)}
-
-
-# What ``encode`` gives a row, where the text is as long as it may be.
-TEXT: Mapping[str, Callable[[Any, int], Shapes]] = {
-    "sd3": _sd3_text,
-    "flux": _flux_text,
-    "qwen-image": _qwen_text,
-    "flux2-klein": _qwen_text,
-}
 
 
 @dataclass(frozen=True)
@@ -68,8 +35,6 @@ class Skeleton:
     model: FlowModel
     mode: FakeTensorMode
     """The context in which it computes."""
-    text: Shapes
-    """What the network reads of a prompt, by name, without the dimension of rows."""
     text_encoders: list[nn.Module]
     autoencoder: nn.Module | None
     dtype: torch.dtype
@@ -98,9 +63,10 @@ class Skeleton:
 
     def conditioning(self, rows: int) -> Conditioning:
         """As ``encode`` gives it for so many prompts."""
+        shapes = self.model.text_shapes().items()
         with self.mode:
             return Conditioning(
-                {n: torch.empty(rows, *shape, dtype=self.dtype) for n, shape in self.text.items()}
+                {name: torch.empty(rows, *shape, dtype=self.dtype) for name, shape in shapes}
             )
 
 
@@ -110,11 +76,6 @@ def skeleton(model: Model) -> Skeleton:
     Raises:
         ModelUnavailable: no configuration can be found, or it is of another model.
     """
-    if model.family not in ("digits", *TEXT):
-        raise ModelUnavailable(
-            f"spec.model.family: {model.family} cannot be explained by this version; it can "
-            + ", ".join(["digits", *TEXT])
-        )
     with tempfile.TemporaryDirectory() as cache:
         folder = _configurations(model, Path(cache))
         return _digits(folder, model) if model.family == "digits" else _built(folder, model)
@@ -129,15 +90,12 @@ def _built(folder: Path, model: Model) -> Skeleton:
         raise ModelUnavailable(
             f"spec.model.source: the configuration of {model.source} cannot be read: {error}"
         ) from error
-    module, _, name = families.FAMILIES[model.family].partition(":")
-    adapter = getattr(importlib.import_module(module), name)
+    adapter = families.adapter_of(model.family)
     pipeline = _pipeline(index, parts)
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
-    config = parts["transformer"].config
     return Skeleton(
         model=adapter(pipeline, max_text_tokens=model.max_text_tokens),
         mode=FakeTensorMode(allow_non_fake_inputs=True),
-        text=TEXT[model.family](config, model.max_text_tokens),
         text_encoders=encoders,
         autoencoder=parts["vae"],
         dtype=dtype,
@@ -148,19 +106,11 @@ def _digits(folder: Path, model: Model) -> Skeleton:
     dtype, mode = getattr(torch, model.precision), FakeTensorMode(allow_non_fake_inputs=True)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     transformer = _diffusers_part("SD3Transformer2DModel", folder / "transformer").to(dtype)
-    encoder = _transformers_part("CLIPTextModel", folder / "text_encoder")
+    encoder = _transformers_part("CLIPTextModel", folder / "text_encoder", torch.float32)
     # Prompts are not read: the tokenizer stays away.
     pipeline = DigitsPipeline(transformer, encoder, None, scheduler)
-    config = transformer.config
-    text = {
-        "encoder_hidden_states": (
-            encoder.config.max_position_embeddings,
-            config.joint_attention_dim,
-        ),
-        "pooled_projections": (config.pooled_projection_dim,),
-    }
     adapter = Digits(pipeline, torch.device("cpu"))
-    return Skeleton(adapter, mode, text, [encoder], None, dtype)
+    return Skeleton(adapter, mode, [encoder], None, dtype)
 
 
 def _parts(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -172,7 +122,7 @@ def _parts(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str,
         elif name in ("transformer", "vae"):
             built[name] = _diffusers_part(kind[1], folder / name).to(dtype)
         elif name.startswith("text_encoder"):
-            built[name] = _transformers_part(kind[1], folder / name).to(dtype)
+            built[name] = _transformers_part(kind[1], folder / name, dtype)
     return built
 
 
@@ -183,10 +133,16 @@ def _diffusers_part(kind: str, folder: Path) -> Any:
         return known.from_config(config)
 
 
-def _transformers_part(kind: str, folder: Path) -> Any:
+def _transformers_part(kind: str, folder: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return getattr(transformers, kind)(config)
+        part = getattr(transformers, kind)(config)
+    part.to(dtype)
+    if dtype == torch.float16:  # as the library loads it: some products of T5 would overflow
+        for name, module in part.named_modules():
+            if name.rpartition(".")[2] in (part._keep_in_fp32_modules or ()):
+                module.float()
+    return part
 
 
 def _pipeline(index: dict[str, Any], parts: dict[str, Any]) -> Any:

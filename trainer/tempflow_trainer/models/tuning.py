@@ -41,6 +41,8 @@ class Tuning(ABC):
     """Whether each rank holds a part of them; their gradients are sums over the ranks then."""
     keeps_reference = False
     """Whether the model before training is a second copy of it."""
+    widens = False
+    """Whether all weights are to be float32, where the model's may be of another type."""
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -57,7 +59,7 @@ class Tuning(ABC):
     def shard(self, ranks: Ranks, device: torch.device) -> None:
         """Leave this rank its part of every weight; before the optimizer is made."""
         for network in self.networks():
-            sharding.shard(network, world=ranks.world, device=device)
+            sharding.shard(network, world=ranks.world, device=device, widen=self.widens)
             here, everywhere = sharding.bytes_held(network)
             log.info("holds %d of %d bytes of weights", here, everywhere)
         self.sharded = True
@@ -167,10 +169,20 @@ class LoraTuning(Tuning):
 class FullTuning(Tuning):
     """Every weight of the transformer."""
 
-    def __init__(self, model: FlowModel, *, keep_reference: bool) -> None:
-        """``keep_reference`` holds a frozen copy for the KL."""
+    widens = True
+
+    def __init__(
+        self, model: FlowModel, *, keep_reference: bool, to_be_sharded: bool = False
+    ) -> None:
+        """``keep_reference`` holds a frozen copy for the KL.
+
+        The network becomes float32 here, or block by block in ``shard`` if that is to follow: whole
+        it may be more than there is memory for.
+        """
         self._kind = type(model.transformer)
-        self._transformer = model.transformer.float().requires_grad_(True)
+        if not to_be_sharded:
+            model.transformer.float()
+        self._transformer = model.transformer.requires_grad_(True)
         self._model = model
         self.keeps_reference = keep_reference
         self._reference: nn.Module | None = None

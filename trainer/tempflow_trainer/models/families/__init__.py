@@ -1,7 +1,9 @@
-"""The families of models, by name: a new one is one file and one line here."""
+"""The families of models, one module each, named as the family in a job."""
 
 import importlib
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -12,14 +14,25 @@ from tempflow_api.v1alpha1 import Model
 from tempflow_trainer.models.base import FlowModel
 from tempflow_trainer.models.source import locate
 
-# Import paths and not classes: a family's pipeline takes seconds to import.
-FAMILIES = {
-    "digits": "tempflow_trainer.models.digits:Digits",
-    "sd3": "tempflow_trainer.models.sd3:Sd3",
-    "flux": "tempflow_trainer.models.flux:Flux",
-    "qwen-image": "tempflow_trainer.models.qwen_image:QwenImage",
-    "flux2-klein": "tempflow_trainer.models.flux2_klein:Flux2Klein",
-}
+
+def adapter_of(family: str) -> Any:
+    """The subclass of ``FlowModel`` that the family's module defines.
+
+    Imported when it is needed: a pipeline takes seconds.
+
+    Raises:
+        ModelUnavailable: this version has no such module.
+    """
+    path = f"{__name__}.{family.replace('-', '_')}"
+    if importlib.util.find_spec(path) is None:
+        raise ModelUnavailable(f"spec.model.family: this version has no adapter for {family}")
+    defined = [
+        kind
+        for kind in vars(importlib.import_module(path)).values()
+        if isinstance(kind, type) and issubclass(kind, FlowModel) and kind.__module__ == path
+    ]
+    [adapter] = defined
+    return adapter
 
 
 def load(model: Model, *, cache: Path, device: torch.device) -> FlowModel:
@@ -29,21 +42,16 @@ def load(model: Model, *, cache: Path, device: torch.device) -> FlowModel:
         ModelUnavailable: a family that this version has no adapter for, or files that cannot be
             loaded.
     """
-    if model.family not in FAMILIES:
-        raise ModelUnavailable(
-            f"spec.model.family: {model.family} has no adapter in this version; it has "
-            + ", ".join(FAMILIES)
-        )
+    adapter = adapter_of(model.family)
     _no_progress_bars()
-    module, _, name = FAMILIES[model.family].partition(":")
-    family: FlowModel = getattr(importlib.import_module(module), name).load(
+    loaded: FlowModel = adapter.load(
         locate(model.source, cache),
         revision=model.revision,
         dtype=getattr(torch, model.precision),
         device=device,
         max_text_tokens=model.max_text_tokens,
     )
-    return family
+    return loaded
 
 
 def _no_progress_bars() -> None:

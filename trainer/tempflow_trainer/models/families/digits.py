@@ -134,6 +134,10 @@ class Digits(FlowModel):
             pipeline.transformer.to(dtype)
         return cls(pipeline, device)
 
+    def move_rest(self, device: torch.device, *, text_encoders: bool) -> None:
+        del text_encoders  # prompts are encoded on the CPU; it takes no time
+        self._device = device
+
     def text_encoders(self) -> list[nn.Module]:
         return [self._pipeline.text_encoder]
 
@@ -157,6 +161,13 @@ class Digits(FlowModel):
                 "pooled_projections": pooled.to(self._device, dtype),
             }
         )
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self._pipeline.text_encoder.config.max_position_embeddings
+        return {
+            "encoder_hidden_states": (tokens, self.transformer.config.joint_attention_dim),
+            "pooled_projections": (self.transformer.config.pooled_projection_dim,),
+        }
 
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
         velocity: Tensor = self.transformer(

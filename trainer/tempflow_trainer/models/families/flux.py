@@ -84,6 +84,13 @@ class Flux(FlowModel):
         guidance_B = torch.full((len(pooled_BP),), scale, device=pooled_BP.device)
         return Conditioning({**conditioning.tensors, "guidance": guidance_B})
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.transformer.config
+        return {
+            "encoder_hidden_states": (self._max_text_tokens, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self.transformer.x_embedder.weight.dtype
         height, width = latents_BCHW.shape[-2:]

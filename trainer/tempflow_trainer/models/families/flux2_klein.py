@@ -84,6 +84,10 @@ class Flux2Klein(FlowModel):
         )
         return Conditioning({"encoder_hidden_states": embeds})
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        width = self.transformer.config.joint_attention_dim
+        return {"encoder_hidden_states": (self._max_text_tokens, width)}
+
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self.transformer.x_embedder.weight.dtype
         height, width = latents_BCHW.shape[-2:]

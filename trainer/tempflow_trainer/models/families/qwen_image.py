@@ -85,6 +85,10 @@ class QwenImage(FlowModel):
             }
         )
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        width = self.transformer.config.joint_attention_dim
+        return {"encoder_hidden_states": (self._max_text_tokens, width)}
+
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self.transformer.img_in.weight.dtype
         height, width = latents_BCHW.shape[-2:]

@@ -11,6 +11,9 @@ from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.models.base import Conditioning, FlowModel
 from tempflow_trainer.models.source import open_pipeline
 
+# Of the two CLIP encoders, whose states stand before those of T5.
+CLIP_TOKENS = 77
+
 
 class Sd3(FlowModel):
     """Latent diffusion with three text encoders and classifier-free guidance."""
@@ -78,6 +81,13 @@ class Sd3(FlowModel):
             max_sequence_length=self._max_text_tokens,
         )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = CLIP_TOKENS + self._max_text_tokens
+        return {
+            "encoder_hidden_states": (tokens, self.transformer.config.joint_attention_dim),
+            "pooled_projections": (self.transformer.config.pooled_projection_dim,),
+        }
 
     def velocity(self, latents_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self.transformer.pos_embed.proj.weight.dtype
