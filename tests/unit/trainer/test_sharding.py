@@ -30,7 +30,7 @@ from tempflow_trainer.distributed import Ranks
 from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.main import train
 from tempflow_trainer.models import families
-from tempflow_trainer.models.tuning import LORA_FILE
+from tempflow_trainer.models.tuning import LORA_FILE, FullTuning
 from tempflow_trainer.rollout import Rollouts, Walker
 from tests.numerics.toys import ALONE
 from tests.unit.trainer.family_cases import CPU, FLUX, KLEIN, QWEN, SD3, Case
@@ -259,8 +259,21 @@ def test_no_network_is_whole_where_it_is_trained(
     blocks = [b for c in model.transformer.children() if isinstance(c, nn.ModuleList) for b in c]
     assert len(networks) == 2 * (len(blocks) + 1)  # with the network before training
     assert most["float32"] < 0.7
-    held = run.tuning.parameters().values()
+    held = [p for network in run.tuning.networks() for p in network.parameters()]
     assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in held)
+    assert len({p.to_local().untyped_storage().data_ptr() for p in held}) == len(held)
+
+
+def test_the_network_before_training_takes_no_memory_until_it_is_in_parts(tmp_path: Path) -> None:
+    """Of the host, on which every process of a node maps the same files."""
+    model = SD3.load(tmp_path, "bfloat16")
+    places = {p.data_ptr() for p in model.transformer.parameters()}
+    tuning = FullTuning(model, keep_reference=True, to_be_sharded=True)
+    for network in tuning.networks():
+        assert {p.data_ptr() for p in network.parameters()} == places
+    trained, before = tuning.networks()
+    assert all(p.requires_grad for p in trained.parameters())
+    assert not any(p.requires_grad for p in before.parameters())
 
 
 @pytest.mark.parametrize("cached", [True, False])

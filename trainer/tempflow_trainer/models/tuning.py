@@ -187,7 +187,7 @@ class FullTuning(Tuning):
         self.keeps_reference = keep_reference
         self._reference: nn.Module | None = None
         if keep_reference:
-            self._reference = copy.deepcopy(model.transformer).requires_grad_(False)
+            self._reference = _frozen_copy(model.transformer, same_memory=to_be_sharded)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._transformer.named_parameters())
@@ -212,6 +212,12 @@ class FullTuning(Tuning):
         buffers = {k: v for k, v in self._transformer.state_dict().items() if k not in trained}
         network.load_state_dict({**buffers, **trained}, assign=True)
         network.save_pretrained(folder / layout.TRANSFORMER)
+
+
+def _frozen_copy(network: nn.Module, *, same_memory: bool) -> nn.Module:
+    """``same_memory``: until the weights of either are replaced, as ``shard`` does."""
+    twins = {id(p): nn.Parameter(p.data, requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, twins if same_memory else {}).requires_grad_(False)
 
 
 def load_result(model: FlowModel, folder: Path) -> None:
