@@ -5,18 +5,21 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
 from tempflow_api.errors import DeviceMissing, ManifestInvalid, Problem, RewardFailed, TempFlowError
-from tempflow_api.v1alpha1 import RewardTerm
+from tempflow_api.v1alpha1 import RewardService, RewardTerm
 from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Place, is_group_wise
+
+# Somebody waits for it at a terminal: less than a run is patient for.
+SECONDS_AN_ANSWER = 30.0
 
 
 def listing() -> list[dict[str, Any]]:
@@ -104,10 +107,35 @@ def _term(given: argparse.Namespace) -> RewardTerm:
         if not equals:
             raise _mistake("--set", f"{pair!r} is not KEY=VALUE")
         parameters[key] = value
+    if given.endpoint and parameters:
+        raise _mistake("--set", "parameters are set where the reward is served, see --endpoint")
+    if given.token_variable and not given.endpoint:
+        raise _mistake("--token-variable", "is for a reward that is served, see --endpoint")
+    return RewardTerm(
+        name="reward",
+        uses=_checked("--reward", lambda: RewardTerm(name="reward", uses=given.reward)).uses,
+        parameters=parameters,
+        service=_service(given) if given.endpoint else None,
+    )
+
+
+def _service(given: argparse.Namespace) -> RewardService:
+    service = _checked("--endpoint", lambda: RewardService(endpoints=given.endpoint))
+    token = _checked(
+        "--token-variable", lambda: RewardService(token_variable=given.token_variable)
+    ).token_variable
+    waits = {"timeout_seconds": SECONDS_AN_ANSWER, "deadline_seconds": SECONDS_AN_ANSWER}
+    return service.model_copy(update={"token_variable": token, **waits})
+
+
+Checked = TypeVar("Checked")
+
+
+def _checked(option: str, make: Callable[[], Checked]) -> Checked:
     try:
-        return RewardTerm(name="reward", uses=given.reward, parameters=parameters)
+        return make()
     except ValidationError as error:
-        raise _mistake("--reward", error.errors()[0]["msg"]) from error
+        raise _mistake(option, error.errors()[0]["msg"]) from error
 
 
 def _metadata(text: str) -> Any:
@@ -134,6 +162,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--prompt", action="append", required=True)
     score.add_argument("--metadata", default="{}")
     score.add_argument("--set", action="append", default=[])
+    score.add_argument("--endpoint", action="append", default=[])
+    score.add_argument("--token-variable")
     score.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     score.add_argument("files", nargs="+", type=Path)
     return parser.parse_args(words)

@@ -45,6 +45,18 @@ def score(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the reward. Repeatable."),
     ] = None,
+    endpoints: Annotated[
+        list[str] | None,
+        typer.Option("--endpoint", metavar="URL", help="A server that has the reward. Repeatable."),
+    ] = None,
+    token_variable: Annotated[
+        str | None,
+        typer.Option(
+            "--token-variable",
+            metavar="NAME",
+            help="Environment variable with the token that the server asks for.",
+        ),
+    ] = None,
     device: Annotated[
         Literal["cpu", "cuda"], typer.Option("--device", help="Where its model runs.")
     ] = "cpu",
@@ -59,11 +71,15 @@ def score(
       tempflow rewards score dogs.png --reward geneval --prompt 'two dogs' --set form=strict
           --metadata '{"include": [{"class": "dog", "count": 2}]}'
       tempflow rewards score a.png --reward my_package:Sharpness --prompt any -o json
+      tempflow rewards score a.png --reward hpsv3 --prompt 'a red dog'
+          --endpoint http://hpsv3:8090 --token-variable HPSV3_TOKEN
     """
     # As one word each: a text may begin with a dash.
     words = [f"--output={output}", "score", f"--reward={reward}", f"--device={device}"]
     words += [f"--prompt={prompt}" for prompt in prompts]
     words += [f"--metadata={metadata}", *(f"--set={pair}" for pair in parameters or ())]
+    words += [f"--endpoint={url}" for url in endpoints or ()]
+    words += [f"--token-variable={token_variable}"] if token_variable else []
     _trainer([*words, "--", *map(str, images)])
 
 

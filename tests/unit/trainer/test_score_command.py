@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tempflow_api.errors import ManifestInvalid, RewardFailed
 from tempflow_trainer import score
 from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Scores
+from tests.unit.trainer.reward_servers import served
 
 HERE = "tests.unit.trainer.test_score_command"
 
@@ -28,9 +30,14 @@ class Width:
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
 
-    def score(self, images: torch.Tensor, prompts: list[str], metadata: list[object]) -> Scores:
-        assert metadata == [{"seen": True}] * len(prompts)
-        values = torch.full((len(prompts),), self.factor * images.shape[3])
+    def score(
+        self,
+        images_N3HW: torch.Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, object]],
+    ) -> Scores:
+        assert list(metadata) == [{"seen": True}] * len(prompts)
+        values = torch.full((len(prompts),), self.factor * images_N3HW.shape[3])
         return Scores(values, {i: "hidden" for i, p in enumerate(prompts) if p == "hidden"})
 
 
@@ -85,9 +92,34 @@ def test_pictures_that_are_compared_are_of_one_size(pictures: list[str]) -> None
         scored(*given, *pictures)
 
 
+def test_a_served_reward_is_asked_as_a_run_asks_it(
+    pictures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the token from the environment, which no command line shows."""
+    monkeypatch.setenv("WIDTH_TOKEN", "open sesame")
+    with served(Width(), token="open sesame", name="width") as (url, _):
+        given = ["--reward=width", "--prompt=any", FACTS, f"--endpoint={url}"]
+        assert scored(*given, "--token-variable=WIDTH_TOKEN", *pictures) == [14.0, 40.0, 14.0]
+        with pytest.raises(RewardFailed, match="401"):
+            scored(*given, *pictures)
+        other = ["--reward=height", *given[1:], "--token-variable=WIDTH_TOKEN"]
+        with pytest.raises(RewardFailed, match="serves the reward 'width', expected 'height'"):
+            scored(*other, *pictures)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--prompt=a", "--endpoint=http://a:1", "--set=factor=2"],
+            "--set: parameters are set where the reward is served",
+        ),
+        (["--prompt=a", "--endpoint=a:1"], "--endpoint: String should match pattern"),
+        (
+            ["--prompt=a", "--endpoint=http://a:1", "--token-variable=a b"],
+            "--token-variable: String should match pattern",
+        ),
+        (["--prompt=a", "--token-variable=A"], "--token-variable: is for a reward that is served"),
         (["--prompt=a", "--prompt=b"], "--prompt: 2 prompts for 3 pictures: one, or each"),
         (["--prompt=a", "--metadata=[1]"], "--metadata: expected a JSON object"),
         (["--prompt=a", "--metadata={"], "--metadata: is not JSON: "),
