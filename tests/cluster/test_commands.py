@@ -343,13 +343,34 @@ class TestSteering:
         assert shell("delete", "steer", "--timeout", "30s").out == "steer: deleted\n"
         assert shell("delete", "steer").code == ExitCode.NOT_FOUND
 
+    def test_for_programs(self, shell: Shell, client: Client) -> None:
+        """Objects, of those before an error too; a list where several were asked for."""
+        for name in ("one-of", "two-of"):
+            client.submit(digits(name))
+        told = json.loads(shell("suspend", "one-of", "-o", "json").out)
+        assert told["spec"]["runPolicy"]["suspend"] is True
+        both = yaml.safe_load(shell("resume", "one-of", "two-of", "-o", "yaml").out)
+        assert [item["metadata"]["name"] for item in both["items"]] == ["one-of", "two-of"]
+        stopped = shell("cancel", "one-of", "nope", "two-of", "-o", "json")
+        assert stopped.code == ExitCode.NOT_FOUND
+        assert [i["spec"]["runPolicy"]["cancel"] for i in json.loads(stopped.out)["items"]] == [
+            True
+        ]
+        whole = json.loads(shell("describe", "two-of", "-o", "json").out)
+        assert whole["job"]["metadata"]["name"] == "two-of"
+        assert whole["events"] == []
+        assert shell("delete", "one-of", "two-of", "-o", "name").out == "one-of\ntwo-of\n"
+
     def test_wait(self, shell: Shell, client: Client, api: ApiServer) -> None:
         client.submit(digits("until"))
         done = shell("wait", "until", "--for", "Running", "--timeout", "1s")
         assert done.code == ExitCode.TIMEOUT
         assert done.err.startswith("error: job default/until: not Running after 1 s")
         set_status(api, "until", RUNNING)
-        assert shell("wait", "until", "--for", "Running").code == 0
+        came = shell("wait", "until", "--for", "Running")
+        assert came.out.endswith("\nuntil: Running (PodsRunning)\n")
+        waited = shell("wait", "until", "--for", "Running", "-o", "json")
+        assert json.loads(waited.out)["status"]["conditions"]
         set_status(api, "until", FAILED)
         assert shell("wait", "until").code == ExitCode.JOB_FAILED
         assert shell("wait", "until", "--for", "Nonsense").code == ExitCode.INVALID

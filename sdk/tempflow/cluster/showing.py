@@ -25,6 +25,16 @@ def objects(form: str, jobs: Sequence[Job], *, several: bool, with_namespace: bo
         return "\n".join(f"{j.namespace}/{j.name}" if with_namespace else j.name for j in jobs)
     plain = [_without_bookkeeping(job) for job in jobs]
     whole: Any = {"apiVersion": "v1", "kind": "List", "items": plain} if several else plain[0]
+    return _dumped(form, whole)
+
+
+def job_and_events(form: str, job: Job, events: Sequence[Event]) -> str:
+    """As JSON or YAML."""
+    told = [asdict(event) for event in events]
+    return _dumped(form, {"job": _without_bookkeeping(job), "events": told})
+
+
+def _dumped(form: str, whole: Any) -> str:
     if form == "yaml":
         text: str = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
         return text.rstrip("\n")

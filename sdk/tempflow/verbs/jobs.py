@@ -1,7 +1,7 @@
 """``tempflow list``, ``status`` and ``describe``: jobs of a cluster, looked at."""
 
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -99,6 +99,10 @@ def status(
 @app.command()
 def describe(
     job: JobName,
+    output: Annotated[
+        Literal["text", "json", "yaml"],
+        typer.Option("--output", "-o", help="json and yaml: the job, and its events."),
+    ] = "text",
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -113,4 +117,7 @@ def describe(
 
     with client(kubeconfig, context, namespace) as cluster:
         found, events = cluster.get(job), list(cluster.events(job))
-    typer.echo("\n".join(showing.description(found, events)))
+    if output == "text":
+        typer.echo("\n".join(showing.description(found, events)))
+    else:
+        typer.echo(showing.job_and_events(output, found, events))

@@ -1,11 +1,14 @@
 """``tempflow wait``, ``suspend``, ``resume``, ``cancel`` and ``delete``."""
 
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tempflow.verbs.options import (
     Context,
+    Form,
     JobNames,
     Kubeconfig,
     Namespace,
@@ -17,6 +20,9 @@ from tempflow.verbs.options import (
 )
 from tempflow_api.errors import ExitCode
 
+if TYPE_CHECKING:
+    from tempflow.cluster.job import Job
+
 app = typer.Typer(rich_markup_mode=None)
 
 
@@ -27,6 +33,7 @@ def wait(
         str, typer.Option("--for", metavar="CONDITION", help="Finished, Running, Suspended, ...")
     ] = "Finished",
     timeout: Timeout = None,
+    output: Form = "text",
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -40,24 +47,24 @@ def wait(
       tempflow wait digits
       tempflow wait digits --for Running --timeout 10m
       tempflow wait $(tempflow list -o name)
+      tempflow wait digits -o json | jq .status.lastCheckpoint.uri
     """
     from tempflow.cluster import showing
     from tempflow.cluster.errors import JobFailed
-    from tempflow.render import say
     from tempflow_api.conditions import ConditionType
 
     if until not in set(ConditionType):
         known = ", ".join(ConditionType)
         raise typer.BadParameter(f"got {until}: expects one of {known}", param_hint="--for")
-    limit, failed, screen = seconds(timeout), False, console(stderr=False)
-    with client(kubeconfig, context, namespace) as cluster:
+    limit, failed, screen = seconds(timeout), False, console(stderr=output != "text")
+    with client(kubeconfig, context, namespace) as cluster, _telling(output, jobs) as tell:
         for job in jobs:
             try:
                 with jobs_go_on(job), showing.look(screen, plain=False) as look:
                     done = cluster.wait(
                         job, until=until, timeout_seconds=limit, on_change=look.show
                     )
-                say(screen, f"{job}: {until} ({done.why})")
+                tell(done, f"{job}: {until} ({done.why})")
             except JobFailed as error:
                 failed = True
                 typer.echo(f"error: {error}", err=True)
@@ -68,6 +75,7 @@ def wait(
 @app.command()
 def suspend(
     jobs: JobNames,
+    output: Form = "text",
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -79,15 +87,15 @@ def suspend(
       tempflow suspend digits
       tempflow wait digits --for Suspended
     """
-    with client(kubeconfig, context, namespace) as cluster:
+    with client(kubeconfig, context, namespace) as cluster, _telling(output, jobs) as tell:
         for job in jobs:
-            cluster.suspend(job)
-            typer.echo(f"{job}: to be suspended; 'tempflow resume {job}' goes on")
+            tell(cluster.suspend(job), f"{job}: to be suspended; 'tempflow resume {job}' goes on")
 
 
 @app.command()
 def resume(
     jobs: JobNames,
+    output: Form = "text",
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -98,15 +106,15 @@ def resume(
     Examples:
       tempflow resume digits
     """
-    with client(kubeconfig, context, namespace) as cluster:
+    with client(kubeconfig, context, namespace) as cluster, _telling(output, jobs) as tell:
         for job in jobs:
-            cluster.resume(job)
-            typer.echo(f"{job}: resumed")
+            tell(cluster.resume(job), f"{job}: resumed")
 
 
 @app.command()
 def cancel(
     jobs: JobNames,
+    output: Form = "text",
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -117,12 +125,10 @@ def cancel(
     Examples:
       tempflow cancel digits
     """
-    with client(kubeconfig, context, namespace) as cluster:
+    with client(kubeconfig, context, namespace) as cluster, _telling(output, jobs) as tell:
         for job in jobs:
-            cluster.cancel(job)
-            typer.echo(
-                f"{job}: cancelled; its checkpoints stay, 'tempflow delete {job}' removes it"
-            )
+            removal = f"its checkpoints stay, 'tempflow delete {job}' removes it"
+            tell(cluster.cancel(job), f"{job}: cancelled; {removal}")
 
 
 @app.command()
@@ -132,6 +138,10 @@ def delete(
         bool, typer.Option("--no-wait", help="Return before its pods are gone.")
     ] = False,
     timeout: Timeout = None,
+    output: Annotated[
+        Literal["text", "name"],
+        typer.Option("--output", "-o", help="Form of the result on stdout."),
+    ] = "text",
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -147,4 +157,25 @@ def delete(
     with client(kubeconfig, context, namespace) as cluster:
         for job in jobs:
             cluster.delete(job, wait=not no_wait, timeout_seconds=limit)
-            typer.echo(f"{job}: {'to be deleted' if no_wait else 'deleted'}")
+            told = f"{job}: {'to be deleted' if no_wait else 'deleted'}"
+            typer.echo(told if output == "text" else job)
+
+
+@contextmanager
+def _telling(output: str, names: Sequence[str]) -> "Iterator[Callable[[Job, str], None]]":
+    """Takes each job as it comes, with a line about it: for people the line is shown at once, for
+    programs all objects at the end, also those before an error."""
+    from tempflow.cluster import showing
+
+    came: list[Job] = []
+
+    def tell(job: "Job", line: str) -> None:
+        if output == "text":
+            typer.echo(line)
+        came.append(job)
+
+    try:
+        yield tell
+    finally:
+        if output != "text" and came:
+            typer.echo(showing.objects(output, came, several=len(names) > 1))
