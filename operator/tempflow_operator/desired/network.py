@@ -1,6 +1,7 @@
 """How the pods of an attempt reach one another: NCCL's variables, and who may talk to whom."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from tempflow_api.naming import PROGRESS_PORT
@@ -65,9 +66,15 @@ def network_policy(attempt: AttemptOf) -> Manifest:
 
 
 def _ports_asked(spec: JobSpec) -> Iterator[int]:
-    """Of the store, and of the rewards that are served elsewhere."""
-    addresses = [spec.checkpoint.endpoint_url] if spec.checkpoint.endpoint_url else []
+    """Of the store, of rewards that are served elsewhere, and of whatever server the parameters of
+    a reward or a variable name: a proxy, a mirror of the hub."""
+    texts = [spec.checkpoint.endpoint_url or ""]
+    texts += [variable.value for variable in spec.compute.pod_template.env]
     for reward in spec.rewards:
-        addresses += reward.service.endpoints if reward.service is not None else []
-    for address in map(urlsplit, addresses):
-        yield address.port or (80 if address.scheme == "http" else 443)
+        texts += reward.service.endpoints if reward.service is not None else []
+        texts += reward.parameters.values()
+    words = [word.strip() for text in texts for word in text.split(",")]
+    for word in [word for word in words if word.startswith(("http://", "https://"))]:
+        with suppress(ValueError):  # of such texts nobody has said that they are addresses
+            address = urlsplit(word)
+            yield address.port or (80 if address.scheme == "http" else 443)

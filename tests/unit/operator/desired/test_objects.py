@@ -409,10 +409,18 @@ class TestWhatAJobAsksOfItsPods:
 
     def test_a_policy_lets_the_ranks_ask_rewards_that_are_served_elsewhere(self) -> None:
         served = {"endpoints": ["http://scorer:8090", "http://other/v1", "https://third"]}
-        reward = {"name": "pickscore", "service": served}
-        job = make_job().spec("compute.network", {"policy": True}).spec("rewards", [reward])
+        asked = {"endpoints": "http://llm:8000/v1, https://llm:none, http://[", "question": "a, b"}
+        rewards = [
+            {"name": "pickscore", "service": served},
+            {"name": "unified-reward", "parameters": asked},
+        ]
+        job = make_job().spec("compute.network", {"policy": True}).spec("rewards", rewards)
         egress = objects(job)["NetworkPolicy"]["spec"]["egress"]
-        assert [entry["port"] for entry in egress[2]["ports"]] == [80, 443, 8090]
+        assert [entry["port"] for entry in egress[2]["ports"]] == [80, 443, 8000, 8090]
+        proxy = {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]}
+        behind = job.spec("compute.podTemplate", proxy)
+        egress = objects(behind)["NetworkPolicy"]["spec"]["egress"]
+        assert 3128 in [entry["port"] for entry in egress[2]["ports"]]
 
     @pytest.mark.parametrize(
         ("cache", "volume"),
