@@ -69,6 +69,12 @@ def cut(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
+def of_another_width(folder: Path) -> None:
+    """The configuration no longer is that of the weights."""
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "joint_attention_dim": 48}))
+
+
 def of_another_class(folder: Path) -> None:
     index = folder / source.INDEX
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "FluxPipeline"}))
@@ -87,6 +93,7 @@ def of_another_class(folder: Path) -> None:
             r"no file named diffusion_pytorch_model.safetensors found in directory \S+vae",
         ),
         (cut, r"transformer/diffusion_pytorch_model.safetensors"),
+        (of_another_width, r"context_embedder.weight.*shape"),
     ],
 )
 def test_a_damaged_folder_is_described(
@@ -100,6 +107,16 @@ def test_a_damaged_folder_is_described(
         f"spec.model.source: {folder} cannot be loaded as StableDiffusion3Pipeline: "
     )
     assert re.search(words, text), text
+
+
+def test_a_missing_package_is_named(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ImportError("T5Tokenizer needs the sentencepiece library")
+
+    monkeypatch.setattr("diffusers.StableDiffusion3Pipeline.from_pretrained", load)
+    assert refusal(str(tiny), tmp_path).endswith("T5Tokenizer needs the sentencepiece library")
 
 
 def test_weights_in_several_files_are_loaded(tiny: Path, tmp_path: Path) -> None:
