@@ -14,6 +14,8 @@ TYPED_HERE = ("README.md", "docs/run.md", "docs/explain.md", "docs/rewards.md")
 
 _CLUSTER = "tests/cluster/test_journey.py"
 _OPERATOR = "tests/cluster/test_operator.py"
+_SCENARIO = "tests/cluster/scenario.py"
+_TYPED = "tests/cluster/test_page_commands.py"
 _IMAGES = "tests/cluster/project_images.py"
 _CI = ".ci/run"
 # What is run elsewhere: the beginning of the command, and the file that runs it or its like.
@@ -25,11 +27,13 @@ ELSEWHERE = {
     "make images": _IMAGES,
     "apt-get install": "tests/cluster/build.py",
     "tools/base_image.sh": _IMAGES,
-    "export": _CLUSTER,
-    "helm upgrade": _CLUSTER,
-    "helm test": _OPERATOR,
-    "helm uninstall": _CLUSTER,
-    "kubectl": _OPERATOR,
+    "helm test": _SCENARIO,
+    "kubectl rollout status": _SCENARIO,
+    "kubectl logs -l": _OPERATOR,
+    # Word for word, as the page has them.
+    "export": _TYPED,
+    "helm": _TYPED,
+    "kubectl": _TYPED,
     "tempflow submit digits.yaml": _CLUSTER,
     "tempflow pull job/digits": _CLUSTER,
     "tempflow init --preset digits": _CLUSTER,

@@ -201,6 +201,8 @@ def _is_silence(error: Exception) -> bool:
 _REMEDIES = {
     "RequestTimeTooSkewed": "this machine's clock differs too much from the store's: set it",
     "ExpiredToken": "the credentials have expired: renew them",
+    "CERTIFICATE_VERIFY_FAILED": "nobody here knows who signed its certificate: name a file "
+    "with the certificate authority in AWS_CA_BUNDLE",
 }
 _REMEDY = (
     "check that the bucket exists, that the credentials allow it, and spec.checkpoint.endpointUrl"

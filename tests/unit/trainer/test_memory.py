@@ -277,3 +277,21 @@ def test_a_full_device_is_told_with_the_phase_and_the_setting(
     assert message.startswith(f"out of device memory in {phase or 'the start'}: ")
     assert f"spec.compute.{setting}" in message
     assert "tried to allocate 2 GiB" in message
+
+
+def test_a_gpu_multiplies_matrices_in_tf32(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none, nothing is changed."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    spec = SD3.spec(folders)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert main.device_of(spec, 1) == CPU
+        assert torch.get_float32_matmul_precision() == before == "highest"
+        second = main.device_of(changed(spec, compute={"device": "cuda"}), 1)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert chosen == [second] == [torch.device("cuda", 1)]

@@ -73,7 +73,7 @@ def in_this_process(
 
 def in_processes(folder: Path, changes: dict[str, object], processes: int) -> None:
     job = job_of({**changes, "compute.processesPerNode": processes})
-    work_of(folder).mkdir(parents=True)
+    work_of(folder).mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(job.model_dump_json(by_alias=True))
     environment = {
         **os.environ,
@@ -113,21 +113,29 @@ SIX_GROUPS: dict[str, object] = {
     "algorithm.advantage": {"scope": "seed", "deviation": "group", "epsilon": 1e-2},
     "algorithm.branchSet": {"choose": "random", "count": 2},
     "algorithm.weighting": "guard",
+    # So that a run of one epoch evaluates when a longer one does.
+    "evaluation": {"steps": 4, "prompts": 3, "imagesPerPrompt": 3, "everyEpochs": 1},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "changes"), [(2, DAMPED), (4, SIX_GROUPS)], ids=["two", "four"]
+    ("processes", "changes"),
+    [([2], DAMPED), ([4, 2], SIX_GROUPS)],
+    ids=["two", "four, then two"],
 )
 def test_several_processes_learn_what_one_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    processes: int,
+    processes: list[int],
     changes: dict[str, object],
 ) -> None:
+    """All epochs; or one with the first number of processes, and the rest with the second."""
     in_this_process(tmp_path / "one", changes, monkeypatch)
-    in_processes(tmp_path / "several", changes, processes)
+    *earlier, last = processes
+    for number in earlier:
+        in_processes(tmp_path / "several", {**changes, "algorithm.epochs": 1}, number)
+    in_processes(tmp_path / "several", changes, last)
     one, two = work_of(tmp_path / "one"), work_of(tmp_path / "several")
     for name in (layout.METRICS, layout.EVALUATIONS):
         for mine, theirs in zip(rows(one, name), rows(two, name), strict=True):
