@@ -1,20 +1,19 @@
 """What a model costs, found by running the trainer's own code on tensors without contents.
 
 The forward, the loss and its backward are those of a run; every operation is counted as it passes:
-its floating-point operations by torch's own counter, and the bytes of every tensor as long as it
+its floating-point operations by torch's own formulas, and the bytes of every tensor as long as it
 lives. So nothing here has to know how a network is built.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from tempflow_api.v1alpha1 import JobSpec
 from tempflow_trainer.experience import Experience, Objective
@@ -23,23 +22,32 @@ from tempflow_trainer.models.skeleton import Skeleton
 from tempflow_trainer.models.tuning import Tuning
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are still alive, and the most there were."""
+class Watch(TorchDispatchMode):
+    """Counts floating-point operations, and the bytes of the tensors that were made inside and are
+    still alive: now, and the most there were."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
+        self.flops, self.now, self.peak = 0, 0, 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:  # the signature is torch's
-        result = func(*args, **(kwargs or {}))
-        # A view, or a tensor that was changed in place, is no new memory.
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
-        for tensor in tree_leaves(result):
-            if _is_tensor(tensor) and id(tensor.untyped_storage()) not in given:
-                self._note(tensor.untyped_storage())
+        given = kwargs or {}
+        result = func(*args, **given)
+        if func.namespace == "prim":  # half of all calls: a tensor is asked for its device
+            return result
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **given, out_val=result)
+        new = [s for s in _storages((result,)) if id(s) not in self._alive]
+        if new:
+            # A view, or a tensor that was changed in place, is no new memory.
+            old = {id(storage) for storage in _storages((*args, *given.values()))}
+            for storage in new:
+                if id(storage) not in old:
+                    self._note(storage)
         return result
 
     def _note(self, storage: Any) -> None:
@@ -56,8 +64,13 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+def _storages(values: Iterable[Any]) -> Iterator[Any]:
+    """Of the tensors among the values and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, list | tuple):
+            yield from _storages(value)
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,11 @@ class Cost:
 
 def cost_of(skeleton: Skeleton, call: Callable[[], object]) -> Cost:
     """Run ``call`` on tensors without contents and watch it."""
-    with skeleton.mode, FlopCounterMode(display=False) as flops, LiveBytes() as live:
+    with skeleton.mode, Watch() as watch:
         result = call()
-        peak = live.peak
+        peak = watch.peak
         del result
-    return Cost(flops.get_total_flops(), peak)
+    return Cost(watch.flops, peak)
 
 
 @dataclass(frozen=True)

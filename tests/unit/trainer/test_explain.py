@@ -20,7 +20,7 @@ from tempflow_trainer.algorithm import advantages
 from tempflow_trainer.algorithm.branching import BranchPlan
 from tempflow_trainer.data import PromptOrder, load_prompts
 from tempflow_trainer.explain import explain
-from tempflow_trainer.footprint import LiveBytes
+from tempflow_trainer.footprint import Watch
 from tempflow_trainer.loop import Run
 from tempflow_trainer.main import build_run
 from tempflow_trainer.models import families
@@ -240,7 +240,7 @@ def test_what_cannot_be_explained_is_said() -> None:
 
 
 def test_live_bytes_follow_the_life_of_tensors() -> None:
-    with LiveBytes() as live:
+    with Watch() as live:
         a = torch.zeros(1000)
         b = a + 1
         view = b[:10]
@@ -255,14 +255,21 @@ def test_live_bytes_follow_the_life_of_tensors() -> None:
 
 
 BIG: list[dict[str, object]] = [
-    # The rollout is the most, and the update.
+    # The rollout is the most; the update; the update, of which only the inputs of blocks are kept.
     {**LORA, "sampling.steps": 6, "compute.rowsPerCall": 128, "algorithm.branchesPerSeed": 8},
     {"algorithm.klCoefficient": 0.01, "compute.rowsPerTrainingCall": 32},
+    {
+        **LORA,
+        "compute.rowsPerCall": 16,
+        "compute.rowsPerTrainingCall": 64,
+        "compute.gradientCheckpointing": True,
+        "algorithm.promptsPerEpoch": 8,
+    },
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", BIG, ids=["rollout", "update"])
+@pytest.mark.parametrize("changes", BIG, ids=["rollout", "update", "checkpointing"])
 def test_memory_is_what_the_allocator_gave(changes: dict[str, object], tmp_path: Path) -> None:
     """By torch's profiler, which hears of every allocation of the processor's allocator."""
     spec = spec_of(changes)
