@@ -261,7 +261,7 @@ def test_no_network_is_whole_where_it_is_trained(
     assert most["float32"] < 0.7
     held = [p for network in run.tuning.networks() for p in network.parameters()]
     assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in held)
-    assert len({p.to_local().untyped_storage().data_ptr() for p in held}) == len(held)
+    assert len({sharding.part(p).untyped_storage().data_ptr() for p in held}) == len(held)
 
 
 def test_the_network_before_training_takes_no_memory_until_it_is_in_parts(tmp_path: Path) -> None:

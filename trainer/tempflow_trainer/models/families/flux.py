@@ -8,13 +8,14 @@ from torch import Tensor
 
 from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.models import packed
-from tempflow_trainer.models.base import Conditioning, FlowModel
-from tempflow_trainer.models.source import open_pipeline
+from tempflow_trainer.models.base import Conditioning
+from tempflow_trainer.models.pipeline_model import PipelineModel
 
 
-class Flux(FlowModel):
+class Flux(PipelineModel):
     """Latent diffusion with two text encoders; FLUX.1-dev has learned to guide itself."""
 
+    pipeline_class = FluxPipeline
     classifier_free = False
     # Attention and feed-forward of the image stream and of the text stream, as the reference code
     # adapts them. The names of the first three fit the blocks that join the streams, too.
@@ -32,32 +33,6 @@ class Flux(FlowModel):
         "ff_context.net.0.proj",
         "ff_context.net.2",
     )
-
-    def __init__(self, pipeline: FluxPipeline, *, max_text_tokens: int) -> None:
-        """Use the parts of ``pipeline``; nothing of it but the transformer is trained."""
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer.eval()
-        self._max_text_tokens = max_text_tokens
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-            part.eval().requires_grad_(False)
-
-    @classmethod
-    def load(
-        cls,
-        source: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_text_tokens: int,
-    ) -> "Flux":
-        """From a folder or a hub id.
-
-        Raises:
-            ModelUnavailable: files missing, no access, no network, or another kind of model.
-        """
-        pipeline = open_pipeline(FluxPipeline, source, revision=revision, dtype=dtype)
-        return cls(pipeline.to(device), max_text_tokens=max_text_tokens)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         channels: int = self.pipeline.vae.config.latent_channels

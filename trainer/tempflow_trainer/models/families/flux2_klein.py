@@ -11,16 +11,17 @@ from torch import Tensor
 from tempflow_trainer.algorithm import schedule
 from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.models import packed
-from tempflow_trainer.models.base import Conditioning, FlowModel
-from tempflow_trainer.models.source import open_pipeline
+from tempflow_trainer.models.base import Conditioning
+from tempflow_trainer.models.pipeline_model import PipelineModel
 
 
-class Flux2Klein(FlowModel):
+class Flux2Klein(PipelineModel):
     """Latent diffusion with a language model as text encoder.
 
     The base model is guided by a second velocity; the distilled one knows no guidance.
     """
 
+    pipeline_class = Flux2KleinPipeline
     # The attention of both streams, and what the joint blocks read of it: they have one projection
     # for query, key, value and feed-forward.
     lora_targets = (
@@ -36,31 +37,9 @@ class Flux2Klein(FlowModel):
     )
 
     def __init__(self, pipeline: Flux2KleinPipeline, *, max_text_tokens: int) -> None:
-        """Use the parts of ``pipeline``; nothing of it but the transformer is trained."""
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer.eval()
+        """Guided as the pipeline says."""
+        super().__init__(pipeline, max_text_tokens=max_text_tokens)
         self.classifier_free = not pipeline.config.is_distilled
-        self._max_text_tokens = max_text_tokens
-        for part in (pipeline.vae, pipeline.text_encoder):
-            part.eval().requires_grad_(False)
-
-    @classmethod
-    def load(
-        cls,
-        source: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_text_tokens: int,
-    ) -> "Flux2Klein":
-        """From a folder or a hub id.
-
-        Raises:
-            ModelUnavailable: files missing, no access, no network, or another kind of model.
-        """
-        pipeline = open_pipeline(Flux2KleinPipeline, source, revision=revision, dtype=dtype)
-        return cls(pipeline.to(device), max_text_tokens=max_text_tokens)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Of patches: the autoencoder's latent has a quarter of the channels at twice the size."""

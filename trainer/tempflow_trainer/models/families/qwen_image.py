@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tempflow_trainer.algorithm.schedule import Schedule
 from tempflow_trainer.models import packed
-from tempflow_trainer.models.base import Conditioning, FlowModel
-from tempflow_trainer.models.source import open_pipeline
+from tempflow_trainer.models.base import Conditioning
+from tempflow_trainer.models.pipeline_model import PipelineModel
 
 
-class QwenImage(FlowModel):
+class QwenImage(PipelineModel):
     """Latent diffusion with a vision-language model as text encoder."""
 
+    pipeline_class = QwenImagePipeline
     classifier_free = True
     # Attention and feed-forward of the image stream and of the text stream, as the reference code
     # adapts them.
@@ -33,32 +34,6 @@ class QwenImage(FlowModel):
         "txt_mlp.net.0.proj",
         "txt_mlp.net.2",
     )
-
-    def __init__(self, pipeline: QwenImagePipeline, *, max_text_tokens: int) -> None:
-        """Use the parts of ``pipeline``; nothing of it but the transformer is trained."""
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer.eval()
-        self._max_text_tokens = max_text_tokens
-        for part in (pipeline.vae, pipeline.text_encoder):
-            part.eval().requires_grad_(False)
-
-    @classmethod
-    def load(
-        cls,
-        source: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_text_tokens: int,
-    ) -> "QwenImage":
-        """From a folder or a hub id.
-
-        Raises:
-            ModelUnavailable: files missing, no access, no network, or another kind of model.
-        """
-        pipeline = open_pipeline(QwenImagePipeline, source, revision=revision, dtype=dtype)
-        return cls(pipeline.to(device), max_text_tokens=max_text_tokens)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         channels: int = self.pipeline.vae.config.z_dim

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from tempflow_trainer.algorithm import schedule
 from tempflow_trainer.algorithm.schedule import Schedule
-from tempflow_trainer.models.base import Conditioning, FlowModel
-from tempflow_trainer.models.source import open_pipeline
+from tempflow_trainer.models.base import Conditioning
+from tempflow_trainer.models.pipeline_model import PipelineModel
 
 # Of the two CLIP encoders, whose states stand before those of T5.
 CLIP_TOKENS = 77
 
 
-class Sd3(FlowModel):
+class Sd3(PipelineModel):
     """Latent diffusion with three text encoders and classifier-free guidance."""
 
+    pipeline_class = StableDiffusion3Pipeline
     classifier_free = True
     # Attention of the image stream and of the text stream, as the paper adapts them.
     lora_targets = (
@@ -30,38 +31,6 @@ class Sd3(FlowModel):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
-
-    def __init__(self, pipeline: StableDiffusion3Pipeline, *, max_text_tokens: int) -> None:
-        """Use the parts of ``pipeline``; nothing of it but the transformer is trained."""
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer.eval()
-        self._max_text_tokens = max_text_tokens
-        for part in (
-            pipeline.vae,
-            pipeline.text_encoder,
-            pipeline.text_encoder_2,
-            pipeline.text_encoder_3,
-        ):
-            if part is not None:
-                part.requires_grad_(False)
-
-    @classmethod
-    def load(
-        cls,
-        source: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_text_tokens: int,
-    ) -> "Sd3":
-        """From a folder or a hub id.
-
-        Raises:
-            ModelUnavailable: files missing, no access, no network, or another kind of model.
-        """
-        pipeline = open_pipeline(StableDiffusion3Pipeline, source, revision=revision, dtype=dtype)
-        return cls(pipeline.to(device), max_text_tokens=max_text_tokens)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         factor = self.pipeline.vae_scale_factor
