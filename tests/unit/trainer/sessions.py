@@ -1,7 +1,10 @@
 """Whole runs in this process, on a toy: seconds become milliseconds."""
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.retention import Retention
 from tempflow_api.status import Progress
-from tempflow_api.v1alpha1 import JobSpec
+from tempflow_api.v1alpha1 import JobSpec, TempFlowGRPOJob
 from tempflow_trainer.checkpoint import Checkpoints, State
 from tempflow_trainer.main import evaluator_of
 from tempflow_trainer.metrics import Record
@@ -17,6 +20,7 @@ from tempflow_trainer.session import Session
 from tempflow_trainer.store import FolderStore
 from tests.numerics.toys import prompts_of, run_of
 
+ROOT = Path(__file__).parents[3]
 Rows = list[dict[str, Any]]
 # What differs between two runs that learn the same.
 OF_THE_CLOCK = {"time", "seconds", "scoringHiddenSeconds", "imagesPerSecond"}
@@ -88,6 +92,29 @@ def final_state(folder: Path) -> State:
     newest = checkpoints.newest_sound()
     assert newest is not None
     return checkpoints.load(newest)
+
+
+def in_forks(folder: Path, jobs: Sequence[tuple[TempFlowGRPOJob, int, Path]]) -> None:
+    """Train each job in its work folder, by so many processes, one after the other; ``folder`` is
+    for what they are told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = []
+    for number, (job, processes, work) in enumerate(jobs):
+        file = folder / f"job-{number}.json"
+        file.write_text(job.model_dump_json(by_alias=True))
+        plan.append((processes, str(file), str(work)))
+    listed = folder / "plan.json"
+    listed.write_text(json.dumps(plan))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.trainer.forked_ranks", str(listed)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def folders(folder: Path) -> list[str]:

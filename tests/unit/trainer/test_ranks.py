@@ -1,8 +1,6 @@
-"""One process, two and four learn the same; the whole trainer, as torchrun starts it."""
+"""One process, two and four learn the same: the whole trainer in each of them."""
 
 import json
-import os
-import subprocess
 from itertools import count
 from pathlib import Path
 
@@ -13,11 +11,10 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api import naming
 from tempflow_api.errors import Preempted
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
-from tempflow_trainer.launch import Rendezvous
 from tempflow_trainer.log_tail import LogTail
 from tempflow_trainer.main import train
 from tests.numerics.toys import ALONE, spec_of
-from tests.unit.trainer.sessions import epochs, final_state, rows
+from tests.unit.trainer.sessions import epochs, final_state, in_forks, rows
 
 # Three groups an update: two processes cannot share them evenly.
 JOB: dict[str, object] = {
@@ -71,27 +68,6 @@ def in_this_process(
     train(job_of(changes), ALONE, lambda: next(asked) >= questions, LogTail(0, 0))
 
 
-def in_processes(folder: Path, changes: dict[str, object], processes: int) -> None:
-    job = job_of({**changes, "compute.processesPerNode": processes})
-    work_of(folder).mkdir(parents=True, exist_ok=True)
-    (folder / "job.json").write_text(job.model_dump_json(by_alias=True))
-    environment = {
-        **os.environ,
-        naming.ENV_JOB_FILE: str(folder / "job.json"),
-        naming.ENV_WORK_DIR: str(work_of(folder)),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        Rendezvous.of(job, {}).command(),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def assert_close(one: object, other: object, tolerance: float) -> None:
     """Equal structure, and numbers equal up to the tolerance."""
     if isinstance(one, dict) and isinstance(other, dict):
@@ -118,6 +94,10 @@ SIX_GROUPS: dict[str, object] = {
 }
 
 
+def shared(processes: int) -> dict[str, object]:
+    return {"compute.processesPerNode": processes}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "changes"),
@@ -132,11 +112,11 @@ def test_several_processes_learn_what_one_does(
 ) -> None:
     """All epochs; or one with the first number of processes, and the rest with the second."""
     in_this_process(tmp_path / "one", changes, monkeypatch)
-    *earlier, last = processes
-    for number in earlier:
-        in_processes(tmp_path / "several", {**changes, "algorithm.epochs": 1}, number)
-    in_processes(tmp_path / "several", changes, last)
     one, two = work_of(tmp_path / "one"), work_of(tmp_path / "several")
+    *earlier, last = processes
+    starts = [(job_of({**changes, **shared(n), "algorithm.epochs": 1}), n, two) for n in earlier]
+    starts.append((job_of({**changes, **shared(last)}), last, two))
+    in_forks(tmp_path / "several", starts)
     for name in (layout.METRICS, layout.EVALUATIONS):
         for mine, theirs in zip(rows(one, name), rows(two, name), strict=True):
             assert_close(mine, theirs, 1e-5)

@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import requests
 import torch
 from aiohttp import web
+from torch import Tensor
 
 from tempflow_api import naming
 from tempflow_api.errors import Preempted, RewardFailed
@@ -26,6 +27,7 @@ from tempflow_trainer.rewards.serve import Limits
 from tempflow_trainer.rewards.transport import ServiceFailed, Unavailable
 from tests.numerics.toys import ALONE, spec_of
 from tests.unit.trainer.reward_servers import (
+    Metadata,
     Moody,
     Red,
     reds,
@@ -143,6 +145,31 @@ def test_a_full_queue_refuses_and_a_client_that_returns_is_served() -> None:
         found = list(clients.map(lambda _: score(reward, 5, 6), range(4)))
         assert found == [[5.0, 6.0]] * 4
         assert service.batcher.held == 0
+
+
+def test_a_load_of_clients_loses_nothing_and_never_overfills_the_queue() -> None:
+    """Sixteen clients with 64 pictures at once, at a queue for 24: each asks until it has its own
+    scores, four times."""
+    held: list[int] = []
+
+    class Watched(Red):
+        def score(self, images_N3HW: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
+            held.append(service.batcher.held)
+            return super().score(images_N3HW, prompts, metadata)
+
+    scorer = Watched(batch_size=8, seconds=0.01)
+    with served(scorer, Limits(images=24)) as (url, service), ThreadPoolExecutor(16) as clients:
+
+        def client(number: int) -> list[list[float]]:
+            reward = remote(url, timeoutSeconds=10.0, deadlineSeconds=60.0, imagesPerRequest=4)
+            return [score(reward, *range(number, number + 4)) for _ in range(4)]
+
+        found = list(clients.map(client, range(16)))
+        left = service.batcher.held
+    assert found == [[[float(n + i) for i in range(4)]] * 4 for n in range(16)]
+    assert sum(scorer.calls) == 16 * 4 * 4  # nothing was scored twice
+    assert 8 < max(held) <= 24
+    assert left == 0
 
 
 def test_a_client_that_goes_away_takes_its_pictures_with_it() -> None:

@@ -53,6 +53,7 @@ def test_a_run_records_its_epochs_evaluations_and_checkpoints(tmp_path: Path) ->
         Metrics.model_validate_json(line)
     assert [p.epoch for p in told] == sorted(p.epoch for p in told)
     assert {p.phase for p in told} == {
+        "self-test",
         "rollout",
         "scoring",
         "update",

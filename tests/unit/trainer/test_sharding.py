@@ -1,10 +1,7 @@
 """Weights in parts: the same training on two processes, whichever way they share it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +31,9 @@ from tempflow_trainer.models.tuning import LORA_FILE, FullTuning
 from tempflow_trainer.rollout import Rollouts, Walker
 from tests.numerics.toys import ALONE
 from tests.unit.trainer.family_cases import CPU, FLUX, KLEIN, QWEN, SD3, Case
-from tests.unit.trainer.sessions import Rows, final_state, rows
+from tests.unit.trainer.sessions import Rows, final_state, in_forks, rows
 from tests.unit.trainer.test_ranks import assert_close, job_of
 
-ROOT = Path(__file__).parents[3]
 # Float32 sums in another order, through five updates of AdamW.
 SAME_WEIGHTS = 1e-5
 SAME_NUMBERS = 1e-4
@@ -88,26 +84,8 @@ class Runs:
         return self.folder / name / "demo"
 
     def together(self, jobs: dict[str, TempFlowGRPOJob]) -> None:
-        """Two processes train them in turn."""
-        listed = []
-        for number, (name, found) in enumerate(jobs.items()):
-            file = self.folder / f"job-{number}.json"
-            file.write_text(found.model_dump_json(by_alias=True))
-            listed.append((str(file), str(self[name])))
-        plan = self.folder / "plan.json"
-        plan.write_text(json.dumps(listed))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node=2", "-m", "tests.unit.trainer.rank_of_many", str(plan)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
+        """Two processes train each of them."""
+        in_forks(self.folder, [(found, 2, self[name]) for name, found in jobs.items()])
 
 
 @pytest.fixture(scope="module")
