@@ -1,8 +1,10 @@
 """Weights in parts: the same training on two processes, whichever way they share it."""
 
 import json
+import os
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,17 +204,24 @@ def test_other_networks_are_shared_as_well(runs: Runs, case: Case, strategy: str
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=SAME_WEIGHTS)
 
 
-@pytest.fixture
-def two_ranks() -> Iterator[Ranks]:
-    """The first of two processes, whose peer is pretended."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield Ranks(rank=0, world=2, local_rank=0)
-    dist.destroy_process_group()
+def as_one_of_two(test: Callable[[Ranks], None]) -> None:
+    """Run ``test`` as the first of two ranks whose peer is pretended; in a fork, for torch ends a
+    process that had such a group by an abort now and then."""
+    process = os.fork()
+    if process == 0:
+        try:
+            dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+            test(Ranks(rank=0, world=2, local_rank=0))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
 
 
 @pytest.mark.parametrize("case", [SD3, FLUX, QWEN, KLEIN], ids=str)
 def test_no_network_is_whole_where_it_is_trained(
-    case: Case, tmp_path: Path, two_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A unit is widened and sent when all units before it are in parts: of a network that is too
     large for a device, and of the one before training, one block at a time is there."""
@@ -233,13 +242,17 @@ def test_no_network_is_whole_where_it_is_trained(
 
     really: Any = fully_shard
     monkeypatch.setattr(sharding, "fully_shard", watch)
-    run = main.build_run(spec, model, load_prompts(spec), two_ranks, CPU, lambda: False)
     blocks = [b for c in model.transformer.children() if isinstance(c, nn.ModuleList) for b in c]
-    assert len(networks) == 2 * (len(blocks) + 1)  # with the network before training
-    assert most["float32"] < 0.7
-    held = [p for network in run.tuning.networks() for p in network.parameters()]
-    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in held)
-    assert len({sharding.part(p).untyped_storage().data_ptr() for p in held}) == len(held)
+
+    def build(ranks: Ranks) -> None:
+        run = main.build_run(spec, model, load_prompts(spec), ranks, CPU, lambda: False)
+        assert len(networks) == 2 * (len(blocks) + 1)  # with the network before training
+        assert most["float32"] < 0.7
+        held = [p for network in run.tuning.networks() for p in network.parameters()]
+        assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in held)
+        assert len({sharding.part(p).untyped_storage().data_ptr() for p in held}) == len(held)
+
+    as_one_of_two(build)
 
 
 def test_the_network_before_training_takes_no_memory_until_it_is_in_parts(tmp_path: Path) -> None:
@@ -267,7 +280,6 @@ def test_the_rest_of_a_model_follows_to_the_device(tmp_path: Path, cached: bool)
 @pytest.mark.parametrize(("strategy", "place"), [("shard", "cpu"), ("replicate", "meta")])
 def test_a_model_is_loaded_where_it_fits(
     tmp_path: Path,
-    two_ranks: Ranks,
     monkeypatch: pytest.MonkeyPatch,
     strategy: str,
     place: str,
@@ -281,19 +293,18 @@ def test_a_model_is_loaded_where_it_fits(
     monkeypatch.setattr(main, "device_of", lambda _spec, _local_rank: torch.device("meta"))
     monkeypatch.setattr(families, "load", load)
     found = job({**LORA, "compute.preflight": False}, strategy, 2)
-    with pytest.raises(InterruptedError, match=place):
-        train(found, two_ranks, lambda: False, LogTail(0, 0))
+
+    def start(ranks: Ranks) -> None:
+        with pytest.raises(InterruptedError, match=place):
+            train(found, ranks, lambda: False, LogTail(0, 0))
+
+    as_one_of_two(start)
 
 
-def test_a_rollout_exchanges_nothing(
-    tmp_path: Path, two_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollout_exchanges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no process waits for another one's slower images."""
     spec = SD3.spec(tmp_path)
     counted: list[int] = []
-    with CommDebugMode() as voted:
-        assert two_ranks.any(True)
-    assert voted.get_total_counts() == 1
 
     def watch(walker: Walker, *given: Any) -> Rollouts:
         with CommDebugMode() as seen:
@@ -305,7 +316,14 @@ def test_a_rollout_exchanges_nothing(
     monkeypatch.setattr(Walker, "collect", watch)
     model = SD3.load(tmp_path)
     prompts = load_prompts(spec)
-    run = main.build_run(spec, model, prompts, two_ranks, CPU, lambda: bool(counted))
-    with pytest.raises(Preempted):
-        loop.run_epoch(run, 0)
-    assert counted == [0]
+
+    def draw(ranks: Ranks) -> None:
+        with CommDebugMode() as voted:
+            assert ranks.any(True)
+        assert voted.get_total_counts() == 1
+        run = main.build_run(spec, model, prompts, ranks, CPU, lambda: bool(counted))
+        with pytest.raises(Preempted):
+            loop.run_epoch(run, 0)
+        assert counted == [0]
+
+    as_one_of_two(draw)
