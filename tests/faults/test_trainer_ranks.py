@@ -14,7 +14,7 @@ from tempflow_api.errors import NOT_IN_TIME, ExitCode
 from tests.faults.s3_proxy import Proxy
 from tests.faults.test_trainer_s3 import Hold, Run, finish, of_step, ranks_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 
 GRACE_SECONDS = 15
 

@@ -25,7 +25,7 @@ from tempflow_api.errors import ExitCode
 from tempflow_api.status import Progress
 from tests.faults.s3_proxy import Fault, Proxy, Seen
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
