@@ -20,6 +20,15 @@ from tempflow_trainer.rewards.base import Place, is_group_wise
 
 # Somebody waits for it at a terminal: less than a run is patient for.
 SECONDS_AN_ANSWER = 30.0
+# Errors about a reward speak of a manifest; here it was options that somebody typed.
+TYPED = {
+    "spec.rewards[0].service.tokenVariable": "--token-variable",
+    "spec.rewards[0].service": "--endpoint",
+    "spec.rewards[0].parameters.": "--set ",
+    "spec.rewards[0].uses": "--reward",
+    "spec.rewards[0]": "--reward",
+    "service.endpoints": "--endpoint",
+}
 
 
 def listing() -> list[dict[str, Any]]:
@@ -120,7 +129,11 @@ def _term(given: argparse.Namespace) -> RewardTerm:
 
 
 def _service(given: argparse.Namespace) -> RewardService:
-    service = _checked("--endpoint", lambda: RewardService(endpoints=given.endpoint))
+    try:
+        service = RewardService(endpoints=given.endpoint)
+    except ValidationError as error:
+        expected = "expected addresses such as http://scorer:8090"
+        raise _mistake("--endpoint", f"got {' '.join(given.endpoint)}, {expected}") from error
     token = _checked(
         "--token-variable", lambda: RewardService(token_variable=given.token_variable)
     ).token_variable
@@ -143,6 +156,12 @@ def _metadata(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise _mistake("--metadata", f"is not JSON: {error}") from error
+
+
+def _as_typed(message: str) -> str:
+    for path, option in TYPED.items():
+        message = message.replace(path, option)
+    return message
 
 
 def _place(device: str) -> Place:
@@ -209,7 +228,7 @@ def main() -> int:
     try:
         lines = run(arguments())
     except TempFlowError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_as_typed(str(error))}\n")
         return int(error.exit_code)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0

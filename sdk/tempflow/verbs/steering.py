@@ -47,7 +47,7 @@ def wait(
       tempflow wait digits
       tempflow wait digits --for Running --timeout 10m
       tempflow wait $(tempflow list -o name)
-      tempflow wait digits -o json | jq .status.lastCheckpoint.uri
+      tempflow wait digits -o json | jq .status.checkpoint.uri
     """
     from tempflow.cluster import showing
     from tempflow.cluster.errors import JobFailed

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tempflow_api.errors import ManifestInvalid, RewardFailed
+from tempflow_api.errors import ExitCode, ManifestInvalid, RewardFailed
 from tempflow_trainer import score
 from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Scores
@@ -114,7 +114,10 @@ def test_a_served_reward_is_asked_as_a_run_asks_it(
             ["--prompt=a", "--endpoint=http://a:1", "--set=factor=2"],
             "--set: parameters are set where the reward is served",
         ),
-        (["--prompt=a", "--endpoint=a:1"], "--endpoint: String should match pattern"),
+        (
+            ["--prompt=a", "--endpoint=a:1"],
+            "--endpoint: got a:1, expected addresses such as http://",
+        ),
         (
             ["--prompt=a", "--endpoint=http://a:1", "--token-variable=a b"],
             "--token-variable: String should match pattern",
@@ -156,6 +159,37 @@ def test_the_list_has_every_reward_with_its_parameters(monkeypatch: pytest.Monke
 def test_an_unknown_reward_lists_those_that_exist(pictures: list[str]) -> None:
     with pytest.raises(RewardFailed, match="no reward 'pikscore'; did you mean 'pickscore'"):
         scored("--reward=pikscore", "--prompt=any", pictures[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reward=pikscore"], "error: --reward: no reward 'pikscore'; did you mean 'pickscore'?"),
+        (["--reward=digit-ink", "--set=tarket=1"], "error: --set tarket: digit-ink has no such"),
+        (
+            ["--reward=a", "--endpoint=http://127.0.0.1:9", "--token-variable=NOT_SET_HERE"],
+            "error: --token-variable: the environment has no NOT_SET_HERE",
+        ),
+        (
+            ["--reward=a", "--endpoint=http://127.0.0.1:9"],
+            "error: --endpoint: the service of reward a is not there: ",
+        ),
+    ],
+)
+def test_errors_speak_of_what_was_typed(
+    words: list[str],
+    message: str,
+    pictures: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(score, "SECONDS_AN_ANSWER", 0.3)
+    monkeypatch.setattr(sys, "argv", ["score", "score", "--prompt=any", *words, pictures[0]])
+    assert score.main() == ExitCode.REWARD
+    told = capsys.readouterr().err
+    assert told.startswith(message)
+    assert "spec." not in told
+    assert "service.endpoints" not in told
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ was replaced meanwhile begins anew.
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tempflow_api.errors import ModelUnavailable
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 
@@ -75,11 +78,16 @@ def check_hub_files(snapshot: Path) -> None:
     checked = repository / "checked"
     checked.mkdir(exist_ok=True)
     with _held(repository / "checked.lock"):
-        for file in sorted(path for path in snapshot.rglob("*") if path.is_file()):
-            blob = file.resolve()
-            is_named_by_digest = re.fullmatch("[0-9a-f]{64}", blob.name)
-            if not is_named_by_digest or (checked / blob.name).exists():
-                continue
+        files = {path: path.resolve() for path in sorted(snapshot.rglob("*")) if path.is_file()}
+        new = {
+            file: blob
+            for file, blob in files.items()
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and not (checked / blob.name).exists()
+        }
+        if new:
+            size = sum(blob.stat().st_size for blob in new.values())
+            log.info("compares %d files, %d MiB, with the hub's digests", len(new), size >> 20)
+        for file, blob in new.items():
             with blob.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
             if found != blob.name:
