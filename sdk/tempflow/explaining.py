@@ -5,11 +5,12 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from tempflow.refused import Refused
+from tempflow_api import naming
 from tempflow_api.errors import TempFlowError, of_code
 from tempflow_api.explanation import Explanation
 from tempflow_api.v1alpha1 import TempFlowGRPOJob
 
-EXPLAINER = (sys.executable, "-m", "tempflow_trainer.explain")
+EXPLAINER = (sys.executable, "-m", naming.START_MODULE, "tempflow_trainer.explain")
 
 
 def explain(

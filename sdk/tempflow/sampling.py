@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tempflow.refused import Refused
+from tempflow_api import naming
 
-SAMPLER = (sys.executable, "-m", "tempflow_trainer.sample")
+SAMPLER = (sys.executable, "-m", naming.START_MODULE, "tempflow_trainer.sample")
 
 
 def sample(

@@ -37,6 +37,9 @@ ENV_MODEL_CACHE = "TEMPFLOW_MODEL_CACHE"
 # JSON: the address of each reward with ``placement: service``, by the reward's name.
 ENV_REWARD_ENDPOINTS = "TEMPFLOW_REWARD_ENDPOINTS"
 
+START_MODULE = "tempflow_trainer.start"
+"""``python -m`` this runs the ``main`` of the trainer's module that is named next."""
+
 # A pod that reads a store for somebody outside the cluster: what it is told, and where it answers.
 ENV_STORE = "TEMPFLOW_STORE"
 """``spec.checkpoint`` as JSON, whose ``uri`` is the address of the run itself."""

@@ -423,7 +423,3 @@ def main() -> int:
         sys.stderr.write(f"error: the job is not valid: {error.errors()[0]['msg']}\n")
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -83,16 +83,14 @@ class Rendezvous:
         """The torchrun command: a fixed gang, rank 0 on node 0, no restarts of its own."""
         return [
             sys.executable,
-            "-m",
-            "torch.distributed.run",
+            *("-m", naming.START_MODULE, "torch.distributed.run"),
             f"--nnodes={self.nodes}",
             f"--node-rank={self.node_rank}",
             f"--nproc-per-node={self.processes}",
             f"--master-addr={self.address}",
             f"--master-port={self.port}",
             "--max-restarts=0",
-            "-m",
-            "tempflow_trainer.main",
+            *("-m", naming.START_MODULE, "tempflow_trainer.main"),
         ]
 
 

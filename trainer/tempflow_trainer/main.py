@@ -417,7 +417,3 @@ def _keep(name: str, text: str) -> None:
         (folder / name).write_text(text)
     except OSError as error:
         log.error("cannot write %s, by which the launcher tells how this ended: %s", name, error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -131,7 +131,3 @@ def main() -> int:
         return 1
     sys.stdout.write(f"{given.out}\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

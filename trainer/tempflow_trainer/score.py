@@ -232,7 +232,3 @@ def main() -> int:
         return int(error.exit_code)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tempflow.verbs.options import TextOrJson
+from tempflow_api import naming
 
 app = typer.Typer(rich_markup_mode=None)
 _rewards = typer.Typer(
@@ -87,5 +88,5 @@ def _trainer(words: list[str]) -> None:
     from tempflow import local
 
     local.require_trainer()
-    command = [sys.executable, "-m", "tempflow_trainer.score", *words]
+    command = [sys.executable, "-m", naming.START_MODULE, "tempflow_trainer.score", *words]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
