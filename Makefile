@@ -47,7 +47,7 @@ mutants: setup ## Mistakes in the mathematics, one at a time: each has its test,
 	$(RUN) -m tests.numerics.mutants "$(NAME)"
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
-	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m faults tests/faults
+	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests/faults
 
 cluster: setup ## A real two-node Kubernetes on this machine (Linux, root), built once
 	$(RUN) tests/cluster/build.py

@@ -3,13 +3,16 @@
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tempflow_api.errors import ExitCode
 from tests.faults.s3_proxy import Proxy, proxy
 from tests.faults.seaweedfs import seaweedfs
+from tests.faults.trainer_run import Run, finish
 
 BUCKET = "runs"
 
@@ -71,3 +74,22 @@ def s3(request: pytest.FixtureRequest) -> Iterator[Proxy]:
 def uri() -> str:
     """Where a run lies."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def run(s3: Proxy, tmp_path: Path) -> Run:
+    """A run in a store without faults, not started."""
+    return Run(tmp_path, s3)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(moto: Proxy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The result of a run that is left alone."""
+    moto.clear()
+    run = Run(tmp_path_factory.mktemp("undisturbed"), moto)
+    code, output = finish(run.start())
+    assert code == ExitCode.DONE, output
+    assert run.committed() == [1, 2, 3, 4]
+    found = run.result()
+    assert {f"epoch-{epoch:06d}.png" for epoch in (0, 2, 4)} < found.keys()
+    return found

@@ -22,7 +22,7 @@ from tempflow_api import checkpoint_layout as layout
 from tempflow_api import naming
 from tempflow_api.errors import ExitCode
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "tempflow", "run"]

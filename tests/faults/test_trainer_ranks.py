@@ -2,7 +2,6 @@
 
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,11 @@ from safetensors.torch import load_file
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api.errors import NOT_IN_TIME, ExitCode
 from tests.faults.s3_proxy import Proxy
-from tests.faults.test_trainer_s3 import Hold, Run, finish, of_step, ranks_of
+from tests.faults.trainer_run import Hold, Run, finish, of_step, ranks_of
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 GRACE_SECONDS = 15
-
-
-@pytest.fixture
-def run(s3: Proxy, tmp_path: Path) -> Run:
-    return Run(tmp_path, s3)
 
 
 def test_a_rank_that_hangs_is_killed_in_time(run: Run, s3: Proxy) -> None:

@@ -1,8 +1,7 @@
-"""The real trainer under its launcher, with its checkpoints in S3: killed, stopped, resized."""
+"""One run of the real trainer, under its launcher, with its checkpoints in S3."""
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 import yaml
 
 from tempflow import manifest
@@ -21,11 +19,8 @@ from tempflow.checkpoints import open_store, read, steps
 from tempflow.pulling import pull
 from tempflow_api import checkpoint_layout as layout
 from tempflow_api import naming
-from tempflow_api.errors import ExitCode
 from tempflow_api.status import Progress
 from tests.faults.s3_proxy import Fault, Proxy, Seen
-
-pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
@@ -214,140 +209,5 @@ class Hold:
         self._go.set()
 
 
-@pytest.fixture
-def run(s3: Proxy, tmp_path: Path) -> Run:
-    return Run(tmp_path, s3)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(moto: Proxy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    moto.clear()
-    run = Run(tmp_path_factory.mktemp("undisturbed"), moto)
-    code, output = finish(run.start())
-    assert code == ExitCode.DONE, output
-    assert run.committed() == [1, 2, 3, 4]
-    found = run.result()
-    assert {f"epoch-{epoch:06d}.png" for epoch in (0, 2, 4)} < found.keys()
-    return found
-
-
 def of_step(step: int, what: str) -> str:
     return rf"step-{step:010d}-.*/{what}"
-
-
-# Where each start is killed, and which checkpoints count then. The first entry that a start makes
-# of the ledger is its claim.
-KILLS: tuple[tuple[dict[str, Any], list[int]], ...] = (
-    ({"key": of_step(2, "state/optimizer"), "lost": True}, [1]),
-    ({"key": of_step(2, layout.MANIFEST), "lost": True}, [1]),
-    ({"key": of_step(2, layout.MANIFEST), "applied": True}, [1]),
-    ({"key": f"{layout.LEDGER}/", "skip": 1, "applied": True}, [1, 2]),
-    ({"key": layout.LATEST, "lost": True}, [1, 2, 3]),
-    ({"key": layout.METRICS, "lost": True}, [1, 2, 3]),
-)
-
-
-def test_kill_9_at_a_request_of_a_save(run: Run, s3: Proxy, undisturbed: dict[str, str]) -> None:
-    for attempt, (request, counts) in enumerate(KILLS, start=1):
-        hold = Hold(s3, "PutObject", **request)
-        process = run.start(attempt=attempt)
-        hold.wait(process)
-        kill_all(process)
-        hold.release()
-        s3.clear()
-        assert run.committed() == counts, request
-    code, output = finish(run.start(attempt=len(KILLS) + 1))
-    assert code == ExitCode.DONE, output
-    assert run.result() == undisturbed
-
-
-def test_sigterm_in_a_save_completes_it(run: Run, s3: Proxy, undisturbed: dict[str, str]) -> None:
-    hold = Hold(s3, "PutObject", of_step(2, layout.MANIFEST))
-    process = run.start()
-    hold.wait(process)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    hold.release()
-    code, output = finish(process)
-    assert code == ExitCode.PREEMPTED, output
-    assert "the state is committed at" in output
-    assert output.splitlines()[-1].startswith("note: stopped after ")
-    done = run.committed()[-1]
-    assert done >= 2
-    # The pods of the same attempt are started again, as a queue does.
-    code, output = finish(run.start())
-    assert code == ExitCode.DONE, output
-    assert f"continues after {done} epochs" in output
-    assert run.result() == undisturbed
-
-
-# The phases in which a run is stopped, one start after the other, and of which epoch each is.
-STOPS = (("start", 0), ("evaluation", 0), ("rollout", 0), ("scoring", 1), ("update", 2))
-
-
-def test_sigterm_in_every_phase_repeats_or_finishes_it(
-    run: Run, undisturbed: dict[str, str]
-) -> None:
-    for phase, epoch in STOPS:
-        process = run.start()
-        run.wait_for_phase(phase, epoch, process)
-        process.send_signal(signal.SIGTERM)
-        code, output = finish(process)
-        assert code == ExitCode.PREEMPTED, output
-        assert output.splitlines()[-1].startswith("note: "), output
-    assert run.committed()[-1] < 4
-    code, output = finish(run.start())
-    assert code == ExitCode.DONE, output
-    assert run.result() == undisturbed
-
-
-def test_sigterm_to_one_rank_stops_all_and_another_number_goes_on(run: Run, s3: Proxy) -> None:
-    hold = Hold(s3, "PutObject", of_step(1, layout.MANIFEST))
-    process = run.start(processes=2)
-    hold.wait(process)
-    ranks_of(process)[1].send_signal(signal.SIGTERM)
-    hold.release()
-    code, output = finish(process)
-    assert code == ExitCode.PREEMPTED, output
-    done = run.committed()[-1]
-    assert 1 <= done < 4
-    code, output = finish(run.start(attempt=2, processes=1))
-    assert code == ExitCode.DONE, output
-    assert f"continues after {done} epochs" in output
-    assert run.committed() == [1, 2, 3, 4]
-    for rank in (0, 1):
-        assert f"rank {rank} ends with exit code 85: stopped after" in run.last_lines(1, rank)[-1]
-    assert "rank 0 ends with exit code 0: done" in run.last_lines(2, 0)[-1]
-
-
-def test_a_start_that_was_taken_over_stops_itself(
-    run: Run, s3: Proxy, undisturbed: dict[str, str]
-) -> None:
-    hold = Hold(s3, "PutObject", of_step(2, layout.MANIFEST))
-    old = run.start()
-    hold.wait(old)
-    for rank in ranks_of(old):
-        rank.suspend()
-    code, output = finish(run.start(attempt=2))
-    assert code == ExitCode.DONE, output
-    hold.release()
-    for rank in ranks_of(old):
-        rank.resume()
-    code, output = finish(old)
-    assert code == ExitCode.FENCED, output
-    assert "what this one writes no longer counts" in output
-    store = open_store(run.stored, s3.endpoint, "us-east-1")
-    assert [step.attempt for step in steps(store)] == [1, 2, 2, 2]
-    assert run.result() == undisturbed
-    assert "rank 0 ends with exit code 0: done" in run.last_lines(2, 0)[-1]
-
-
-def test_a_store_that_is_lost_ends_the_run_with_a_code_of_its_own(run: Run, s3: Proxy) -> None:
-    s3.add(Fault("PutObject", key=of_step(2, "") + "|" + of_step(3, ""), status=403))
-    s3.add(Fault("PutObject", key=of_step(4, ""), status=403, code="AccessDenied"))
-    code, output = finish(run.start())
-    assert code == ExitCode.UNCOMMITTED, output
-    assert "3 checkpoints in a row could not be stored" in output
-    assert output.splitlines()[-1].startswith("error: ")
-    assert run.committed() == [1]
