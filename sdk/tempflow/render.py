@@ -176,7 +176,7 @@ def summary_lines(job: TempFlowGRPOJob, summary: Summary, folder: Path) -> list[
         ("work", f"{summary.evaluations:,} network evaluations, {summary.images:,} images scored"),
         ("time", f"{duration(seconds.total)} in phases: {spent}"),
     ]
-    rows.append(("peak memory", f"{size(summary.peak_memory_bytes)}, of the first process"))
+    rows.append(("peak memory", f"{size(summary.peak_memory_bytes)}, of the largest process"))
     rows.append(("result", summary.result))
     if (folder / layout.GRIDS).is_dir():
         rows.append(("pictures", str(folder / layout.GRIDS)))

@@ -164,5 +164,6 @@ class Summary(Observed):
     """Drawn and scored in training."""
     seconds: RunSeconds = Field(default_factory=RunSeconds)
     peak_memory_bytes: int
+    """Of the process that used most."""
     result: str
     """The folder with ``adapter`` or ``transformer``."""

@@ -32,7 +32,7 @@ from tempflow_trainer.metrics import Record, now, say
 from tempflow_trainer.origin import Origin, check_same_run
 from tempflow_trainer.record_copy import RecordCopy
 from tempflow_trainer.saving import Save, Saver
-from tempflow_trainer.summary import summarise
+from tempflow_trainer.summary import peak_memory_bytes, summarise
 from tempflow_trainer.tracking import Tracking
 
 log = logging.getLogger(__name__)
@@ -448,9 +448,11 @@ class Session:
         self.earlier = dict(state.totals)
 
     def _finish(self) -> None:
+        memory = max(map(int, self.run.ranks.gather_rows(torch.tensor([peak_memory_bytes()]))))
         if self.run.ranks.is_first:
             lines = self.record.lines(layout.EVALUATIONS, EvaluationLine)
-            summary = summarise(lines, self._totals(), self.epochs_done, str(self.committed_uri))
+            result = str(self.committed_uri)
+            summary = summarise(lines, self._totals(), self.epochs_done, result, memory)
             self.record.write(layout.SUMMARY, summary.model_dump_json(by_alias=True, indent=1))
             self.tracking.end()  # what is stored is whole
             self.copy.send()

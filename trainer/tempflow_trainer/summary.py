@@ -9,7 +9,11 @@ from tempflow_api.record import BeforeAfter, Evaluation, RunSeconds, Spread, Sum
 
 
 def summarise(
-    evaluations: list[Evaluation], totals: dict[str, float], epochs_done: int, result: str
+    evaluations: list[Evaluation],
+    totals: dict[str, float],
+    epochs_done: int,
+    result: str,
+    memory_bytes: int,
 ) -> Summary:
     """Compare the first and the last evaluation, and add up what the run took."""
     first, last = evaluations[0], evaluations[-1]
@@ -30,7 +34,7 @@ def summarise(
         evaluations=int(sum(_below("evaluations.", totals).values())),
         images=int(totals["images"]),
         seconds=RunSeconds(total=sum(seconds.values()), **seconds),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=memory_bytes,
         result=result,
     )
 

@@ -109,7 +109,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         tiles.append(("training time", duration(seconds), "without evaluations and checkpoints"))
     if record.summary:
         tiles.append(
-            ("peak memory", size(record.summary.peak_memory_bytes), "of the first process")
+            ("peak memory", size(record.summary.peak_memory_bytes), "of the largest process")
         )
     return tiles + _trouble(record)
 

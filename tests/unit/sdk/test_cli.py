@@ -231,7 +231,7 @@ class TestRun:
                 "  time         1:03 in phases: rollout 0:40, scoring 0:02, update 0:15, "
                 "evaluation 0:05, checkpoint 0:01"
             ),
-            "  peak memory  610.4 MiB, of the first process",
+            "  peak memory  610.4 MiB, of the largest process",
             f"  result       {folder}/checkpoints/step-0000000004-attempt-000000",
             "next: tempflow sample runs/demo --prompt 'a three' --out grid.png",
         ]
