@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.unit.sdk import stored_runs
 from tests.unit.sdk.manifests import write
 
 SOURCES = Path(tempflow.__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 FAKE = Path(__file__).with_name("fake_trainer.py")
 
 
@@ -55,8 +57,9 @@ class Shell:
             f"runpy.run_path({str(FAKE)!r}, run_name='__main__')\n"
         )
         (package / "sample.py").write_text(
-            "import json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(80)\n"
+            "import json, sys\n\ndef main():\n    print(json.dumps(sys.argv[1:]))\n    return 80\n"
         )
+        shutil.copy(ROOT / "trainer/tempflow_trainer/start.py", package)
         monkeypatch.chdir(folder)
         # For the trainer, which is a process of its own always.
         monkeypatch.setenv("PYTHONPATH", f"{folder / 'fakes'}{os.pathsep}{SOURCES}")
