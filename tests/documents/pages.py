@@ -24,8 +24,9 @@ TYPED_HERE = (
 )
 
 _INSTALLING = "tests/documents/test_installing.py"
-_JOURNEY = "tests/cluster/test_journey.py"
-_OPERATOR = "tests/cluster/test_operator.py"
+_FIRST_JOB = "tests/cluster/test_first_job.py"
+_PUSHING = "tests/cluster/test_push_images.py"
+_READER = "tests/cluster/test_reader.py"
 _SCENARIO = "tests/cluster/scenario.py"
 _STORE = "tests/cluster/test_example_store.py"
 _TYPED = "tests/cluster/test_page_commands.py"
@@ -33,30 +34,31 @@ _IMAGES = "tests/cluster/project_images.py"
 CI = ".ci/run"
 # What is run elsewhere: the beginning of the command, and the file that runs it or its like.
 ELSEWHERE = {
+    "make images": _IMAGES,
+    "helm test": _SCENARIO,
+    "kubectl logs -l": "tests/cluster/test_operator.py",
+    # Word for word, as the page has them.
     "make demo": CI,
     "make test": CI,
     "make check": CI,
     "make setup": CI,
-    "make images": _IMAGES,
-    "make push-images": "tests/cluster/test_push_images.py",
-    "apt-get install": "tests/cluster/build.py",
+    "make push-images": _PUSHING,
+    "apt-get install": _PUSHING,
     "tools/base_image.sh": _IMAGES,
-    "helm test": _SCENARIO,
-    "kubectl rollout status deployment/tempflow": _SCENARIO,
-    "kubectl logs -l": _OPERATOR,
-    "tempflow submit digits.yaml": _JOURNEY,
-    "tempflow pull job/digits": _JOURNEY,
-    "tempflow init --preset digits": _JOURNEY,
-    "tempflow checkpoints verify job/digits": "tests/cluster/test_reader.py",
-    # Word for word, as the page has them.
-    "kubectl rollout status deployment/s3": _STORE,
-    'echo "s3.bucket.create': _STORE,
     "export": _TYPED,
     "helm": _TYPED,
+    "kubectl rollout status deployment/tempflow": _SCENARIO,
+    "kubectl rollout status deployment/s3": _STORE,
+    'echo "s3.bucket.create': _STORE,
     "kubectl": _TYPED,
     "pip": _INSTALLING,
     "sha256sum dist/": _INSTALLING,
     "tempflow rewards score photo.png": _INSTALLING,
+    "tempflow init --preset digits": _FIRST_JOB,
+    "tempflow submit digits.yaml": _FIRST_JOB,
+    "tempflow pull job/digits --namespace": _FIRST_JOB,
+    "tempflow pull job/digits --via-cluster": _READER,
+    "tempflow checkpoints verify job/digits --via-cluster": _READER,
     **{
         f"tempflow checkpoints {verb} s3://bucket/": "tests/unit/sdk/test_keeping.py"
         for verb in ("list", "show", "verify", "pin", "prune")
