@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 
-from tests.cluster import build
+from tests.cluster import build, project_images
 from tests.cluster.waiting import Say
 from tests.documents.desk import Desk
 from tests.documents.pages import ROOT, commands
@@ -20,13 +21,31 @@ pytestmark = pytest.mark.cluster
 
 IMAGES = ("tempflow-operator", "tempflow-trainer")
 FORMAT = "application/vnd.oci.image.manifest.v1+json"
-INSECURE = '[[registry]]\nlocation = "{address}"\ninsecure = true\n'
+BASE = "library/python:3.11-slim-bookworm"
+REGISTRIES = """
+unqualified-search-registries = ["docker.io"]
+[[registry]]
+location = "{address}"
+insecure = true
+[[registry]]
+location = "docker.io"
+[[registry.mirror]]
+location = "{address}"
+insecure = true
+"""
 
 
 def buildah(*arguments: str) -> str:
     done = subprocess.run(["buildah", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"buildah {' '.join(arguments)}: {done.stderr[-1000:]}"
     return done.stdout.strip()
+
+
+def version() -> str:
+    """As the page exports it."""
+    page = (ROOT / "docs/install.md").read_text()
+    [found] = re.findall(r"^export VERSION=(.+)$", page, re.M)
+    return str(found)
 
 
 @pytest.fixture
@@ -43,8 +62,7 @@ def registry(say: Say) -> Iterator[str]:
 @pytest.fixture
 def made(registry: str, tmp_path: Path) -> Iterator[dict[str, str]]:
     """Two images of one small file each where `make images` would leave ours: name and id."""
-    [version] = [c for c in commands(ROOT / "docs/install.md") if c.startswith("export VERSION=")]
-    names = [f"{registry}/project/{image}:{version.partition('=')[2]}" for image in IMAGES]
+    names = [f"{registry}/project/{image}:{version()}" for image in IMAGES]
     ids = {}
     for name in names:
         (tmp_path / "content").write_text(name)
@@ -74,23 +92,50 @@ def pushed(name: str) -> tuple[str, str]:
     return digest, json.loads(content)["config"]["digest"]
 
 
-def test_make_push_images_word_for_word(
-    registry: str, made: dict[str, str], tmp_path: Path
-) -> None:
-    settings = tmp_path / "registries.conf"
-    settings.write_text(INSECURE.format(address=registry))
+@pytest.fixture
+def shell(registry: str, tmp_path: Path) -> Desk:
+    """In the project's folder. The registry is also where the images of Docker's are looked for."""
+    (tmp_path / "registries.conf").write_text(REGISTRIES.format(address=registry))
+    own = {
+        "CONTAINERS_REGISTRIES_CONF": str(tmp_path / "registries.conf"),
+        "CONTAINER_TOOL": "buildah",
+        **project_images.BUILD,
+    }
+    return Desk(ROOT, {**os.environ, **own})
+
+
+def step(command: str, registry: str) -> str:
+    """A command of the page, after what the page has exported before."""
     page = commands(ROOT / "docs/install.md")
-    exports = [c.replace("REGISTRY/PROJECT", f"{registry}/project") for c in page if "export" in c]
-    shell = Desk(
-        ROOT,
-        {
-            **os.environ,
-            "CONTAINERS_REGISTRIES_CONF": str(settings),
-            "CONTAINER_TOOL": "buildah",
-        },
-    )
-    [command] = [c for c in page if c.startswith("make push-images")]
-    shell.run("\n".join([*exports, command]))
+    exports = [c for c in page if c.startswith("export ")]
+    assert command in page
+    return "\n".join([*exports, command]).replace("REGISTRY/PROJECT", f"{registry}/project")
+
+
+@pytest.fixture
+def base(registry: str, say: Say) -> Iterator[str]:
+    """Where the Dockerfile's base image is looked for, ours, so that the layers of the other tests'
+    images fit."""
+    name = f"docker.io/{BASE}"
+    if project_images.exists(name):
+        pytest.skip(f"this machine has {name}, on which all layers would be built anew")
+    project_images.make_base(say)
+    buildah("push", "--tls-verify=false", project_images.BASE_IMAGE, f"{registry}/{BASE}")
+    yield name
+    if project_images.exists(name):
+        buildah("rmi", name)
+
+
+def test_make_images_word_for_word(registry: str, base: str, shell: Desk) -> None:
+    told = shell.run(step("make images", registry))
+    assert project_images.exists(base), "the base image is not from the registry"
+    names = [f"{registry}/project/{image}:{version()}" for image in IMAGES]
+    buildah("rmi", *names)
+    assert [name for name in names if f"{name}: " not in told] == []
+
+
+def test_make_push_images_word_for_word(registry: str, made: dict[str, str], shell: Desk) -> None:
+    shell.run(step("make push-images", registry))
     found = {name: pushed(name) for name in made}
     assert {name: config for name, (_, config) in found.items()} == {
         name: f"sha256:{image_id}" for name, image_id in made.items()

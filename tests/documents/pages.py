@@ -34,7 +34,6 @@ _IMAGES = "tests/cluster/project_images.py"
 CI = ".ci/run"
 # What is run elsewhere: the beginning of the command, and the file that runs it or its like.
 ELSEWHERE = {
-    "make images": _IMAGES,
     "helm test": _SCENARIO,
     "kubectl logs -l": "tests/cluster/test_operator.py",
     # Word for word, as the page has them.
@@ -42,6 +41,8 @@ ELSEWHERE = {
     "make test": CI,
     "make check": CI,
     "make setup": CI,
+    "make images BASE_IMAGE=": _IMAGES,
+    "make images": _PUSHING,
     "make push-images": _PUSHING,
     "apt-get install": _PUSHING,
     "tools/base_image.sh": _IMAGES,
