@@ -89,6 +89,8 @@ _PROGRAMS = (
     GoProgram("etcd", "kubernetes", "./etcd", "-s -w"),
     GoProgram("coredns", "coredns", ".", "-s -w"),
 )
+# Not of the cluster: built when a test wants it.
+REGISTRY = GoProgram("registry", str(_SOURCES / "registry"), ".", "-s -w")
 
 
 def binaries(say: Say) -> Path:
@@ -106,7 +108,7 @@ def program(wanted: GoProgram, say: Say) -> Path:
     """A program of a Go module elsewhere (``module`` is absolute), built first where needed."""
     module = Path(wanted.module)
     digest = hashlib.sha256(repr(wanted).encode() + platform.machine().encode())
-    digest.update((module / "go.sum").read_bytes())
+    _add_sources(digest, module, module)
     folder = cache_folder() / f"{wanted.name}-{digest.hexdigest()[:16]}"
     with _locked(folder, say):
         if not (folder / "complete").exists():
@@ -171,11 +173,16 @@ def install_packages(say: Say) -> None:
 
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for path in sorted(_SOURCES.rglob("*")):
-        if path.suffix in (".go", ".mod", ".sum"):
-            digest.update(str(path.relative_to(_SOURCES)).encode() + b"\0" + path.read_bytes())
+    for module in sorted({program.module for program in _PROGRAMS}):
+        _add_sources(digest, _SOURCES / module, _SOURCES)
     digest.update(repr(_PROGRAMS).encode() + platform.machine().encode())
     return digest.hexdigest()[:16]
+
+
+def _add_sources(digest: "hashlib._Hash", module: Path, below: Path) -> None:
+    for path in sorted(module.rglob("*")):
+        if path.suffix in (".go", ".mod", ".sum"):
+            digest.update(str(path.relative_to(below)).encode() + b"\0" + path.read_bytes())
 
 
 def _build(folder: Path, say: Say) -> None:

@@ -89,7 +89,15 @@ class Release:
 
     def _rolled_out(self) -> None:
         self.cluster.kubectl.run(
-            *("rollout", "status", f"deployment/{RELEASE}", "-n", SYSTEM, "--timeout=2m")
+            *(
+                "rollout",
+                "status",
+                f"deployment/{RELEASE}",
+                "--namespace",
+                SYSTEM,
+                "--timeout",
+                "2m",
+            )
         )
 
     def test(self) -> str:

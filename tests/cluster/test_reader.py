@@ -30,6 +30,8 @@ from tests.cluster.kubectl import JsonObject
 from tests.cluster.kubelet import Kubelet
 from tests.cluster.reader_node import IMAGE, NODE, Node, readers, taking_readers
 from tests.cluster.waiting import wait_for
+from tests.documents.desk import Desk, of_this_environment
+from tests.documents.pages import ROOT, commands
 from tests.unit.sdk import stored_runs
 
 pytestmark = pytest.mark.cluster
@@ -122,6 +124,20 @@ def test_the_verbs_that_only_read(api: ApiServer) -> None:
     assert [one["step"] for one in told("list", f"job/{JOB}")] == [10, 20, 20]
     assert told("show", f"job/{JOB}", "--step", "10")["manifest"]["files"]
     assert list(told("verify", f"job/{JOB}").values()) == [[], [], []]
+    assert readers(api) == []
+
+
+def test_the_commands_of_the_page(
+    client: Client, api: ApiServer, node: Node, tmp_path: Path
+) -> None:
+    job = client.submit(digits("digits"))
+    add_pod(api, node.kubelet, "digits", job.uid)  # says which image
+    shell = Desk(tmp_path, of_this_environment() | {"KUBECONFIG": str(api.kubeconfig("admin"))})
+    typed = [c for c in commands(ROOT / "docs/checkpoints.md") if c.endswith("--via-cluster")]
+    said = {command.split()[1]: shell.run(command) for command in typed}
+    assert list(said) == ["pull", "checkpoints"]
+    assert said["checkpoints"].count(": sound") == 3
+    assert list(tmp_path.rglob("pytorch_lora_weights.safetensors"))
     assert readers(api) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from tempflow_api.checkpoint_layout import folder_name
 from tempflow_api.errors import StoreUnavailable
 from tempflow_api.retention import Retention
 from tests.builders import make_job
+from tests.documents.desk import Desk
+from tests.documents.pages import ROOT, commands
 from tests.unit.sdk import stored_runs
 from tests.unit.sdk.conftest import Put
 
@@ -184,3 +187,22 @@ def test_the_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = CliRunner().invoke(app, ["checkpoints", "verify", "demo"])
     assert "state/empty: 4 bytes, expected 0" in broken.stdout
     assert "1 of 2 checkpoints are damaged" in str(broken.exception)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(
+    bucket: Any, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Word for word, at a store that the environment names."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    files = stored_runs.run() | {"run.json": make_job().spec_only().model_dump_json().encode()}
+    for path, content in files.items():
+        bucket.put_object(Key=f"runs/digits/{path}", Body=content)
+    typed = [c for c in commands(ROOT / "docs/checkpoints.md") if " s3://bucket/" in c]
+    shell = Desk(tmp_path)
+    said = {command.split()[2]: shell.run(command) for command in typed}
+    assert list(said) == ["list", "show", "verify", "pin", "prune"]
+    assert said["verify"].count(": sound") == 3
+    assert "pytorch_lora_weights.safetensors" in said["show"]
+    assert said["pin"] == f"{folder_name(20, 1)} is pinned\n"
+    assert "(pinned)" in shell.run(typed[0])
