@@ -47,6 +47,7 @@ ELSEWHERE = {
 NOT_RUN = {
     "pip install '.[trainer]'": "an environment of its own, and 3 GB to fetch",
     "make push-images": "a registry",
+    "tools/images.sh build": "two images of 6 GB; what they install runs in make test-rewards",
     'echo "s3.bucket.create': "an image of SeaweedFS in a cluster",
     "python -m tempflow_trainer.rewards.serve pickscore --device": "published weights and a GPU",
 }
