@@ -106,4 +106,4 @@ push-images: ## Push them to IMAGE_REPOSITORY
 	tools/images.sh push
 
 clean: ## Remove what was set up or generated here, but no runs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .cache/reward-images .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
