@@ -1,6 +1,7 @@
-# Two images on one base: `operator` and `trainer`. `make images` builds both, docs/install.md tells
-# how. Any image with Python 3.11, its venv module and CA certificates can be the base;
-# tools/base_image.sh makes one from Debian packages. VERSION and REVISION go into the labels.
+# Images on one base: `operator` and `trainer`, which `make images` builds (docs/install.md), and
+# `reward` for each REWARD with packages of its own (docs/recipes.md). Any image with Python 3.11, its
+# venv module and CA certificates can be the base; tools/base_image.sh makes one from Debian packages.
+# VERSION and REVISION go into the labels.
 #
 # Behind a proxy that re-signs TLS, pass its CA bundle as the build secret `ca_bundle`: it is
 # trusted while packages are fetched, and is in no layer of the result.
@@ -44,6 +45,14 @@ RUN --mount=type=secret,id=ca_bundle \
 # Which GPUs a container sees is the cluster's decision, so NVIDIA_VISIBLE_DEVICES is not set.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
+# Of what our code requires only what the server of a reward imports.
+FROM base AS reward-dependencies
+COPY tools/reward_images /usr/share/tempflow/reward_images
+ARG REWARD
+RUN --mount=type=secret,id=ca_bundle \
+    cd /usr/share/tempflow && ./install_locked.sh /opt/tempflow "reward_images/$REWARD.lock"
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
 FROM operator-dependencies AS operator
 COPY --from=code /code /opt/tempflow
 USER 65532:65532
@@ -64,6 +73,19 @@ ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="tempflow-trainer" \
       org.opencontainers.image.description="Trains text-to-image flow models with TempFlow-GRPO" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+
+FROM reward-dependencies AS reward
+COPY --from=code /code /opt/tempflow
+USER 65532:65532
+ENTRYPOINT ["/opt/tempflow/bin/python", "-m", "tempflow_trainer.rewards.serve"]
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG REWARD
+LABEL org.opencontainers.image.title="tempflow-$REWARD" \
+      org.opencontainers.image.description="Serves the reward $REWARD to TempFlow-GRPO" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -5,6 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := sdk operator trainer tests benchmarks tools
 COMPILE := $(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+REWARDS := tools/reward_images
 # Byte code is compiled at set-up: where PYTHONDONTWRITEBYTECODE is set, each of the hundreds of
 # processes that the tests start would spend a quarter of a minute on torch's.
 # One thread a process: torch's threads spin while they wait, which slows tests that run side by side.
@@ -14,7 +15,7 @@ GPU := $(wildcard /dev/nvidia0)
 # The helm of the chart's tests is a program for this platform.
 HELM := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
-.PHONY: help setup demo test mutants test-faults test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
+.PHONY: help setup demo test mutants test-faults test-rewards test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -38,7 +39,7 @@ demo: setup ## Train the digits model, a minute or two, and draw with the result
 test: setup ## The tests that need nothing but Python packages
 	@$(if $(GPU),:,echo "left out: the tests marked gpu, as this machine has no /dev/nvidia0")
 	@$(if $(HELM),:,echo "left out: the tests marked helm, as this is not Linux on x86-64")
-	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not cluster$(if $(GPU),, and not gpu)$(if $(HELM),, and not helm)"
+	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not cluster and not packages$(if $(GPU),, and not gpu)$(if $(HELM),, and not helm)"
 
 test-gpu: setup ## One real step of every family on a GPU; fails without one
 	$(RUN) tests/budget.py --name gpu --minutes 5 -- $(RUN) -m pytest -q -m gpu tests/gpu
@@ -48,6 +49,10 @@ mutants: setup ## Mistakes in the mathematics, one at a time: each has its test,
 
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
 	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests/faults
+
+test-rewards: setup ## Rewards with packages of their own, each in the environment of its image
+	$(RUN) tests/packages/environment.py
+	$(RUN) tests/budget.py --name rewards --minutes 3 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m packages tests/packages
 
 cluster: setup ## A real two-node Kubernetes on this machine (Linux, root), built once
 	$(RUN) tests/cluster/build.py
@@ -87,6 +92,8 @@ lock: ## Resolve requirements.lock anew, for all platforms at once
 	$(COMPILE) --extra operator -c requirements.lock pyproject.toml -o requirements-operator.lock
 	$(COMPILE) --extra trainer -c requirements.lock pyproject.toml -o requirements-trainer.lock
 	printf 'hatchling>=1.27\nuv>=0.13\n' | $(COMPILE) -c requirements.lock - -o requirements-build.lock
+	$(COMPILE) $(REWARDS)/hpsv3.in -o $(REWARDS)/hpsv3.lock
+	$(COMPILE) --override $(REWARDS)/image-reward-override.in $(REWARDS)/image-reward.in -o $(REWARDS)/image-reward.lock
 	@for platform in x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu aarch64-apple-darwin; do \
 		echo "resolves on $$platform:"; MACOSX_DEPLOYMENT_TARGET=14.0 $(VENV)/bin/uv pip install -q --dry-run \
 		--target .cache/none --python-platform $$platform --python-version 3.11 --only-binary :all: \
@@ -99,4 +106,4 @@ push-images: ## Push them to IMAGE_REPOSITORY
 	tools/images.sh push
 
 clean: ## Remove what was set up or generated here, but no runs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .cache/reward-images .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,8 +1,10 @@
 #!/bin/sh
 # Builds or pushes the images with docker, podman or buildah, whichever works here.
 #
-#   tools/images.sh build [operator] [trainer]     both when none is named; prints their sizes
-#   tools/images.sh push  [operator] [trainer]
+#   tools/images.sh build [IMAGE ...]     operator and trainer when none is named; prints their sizes
+#   tools/images.sh push  [IMAGE ...]
+#
+# IMAGE is operator, trainer, hpsv3 or image-reward.
 #
 # Environment:
 #   IMAGE_REPOSITORY  where the images belong, for instance REGISTRY/PROJECT; default: localhost
@@ -33,8 +35,13 @@ image() {
 
 build() {
     revision=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)
-    set -- --target "$1" --tag "$(image "$1")" --file "$root/Dockerfile" \
+    case $1 in
+    operator | trainer) stage=$1 reward= ;;
+    *) stage=reward reward=$1 ;;
+    esac
+    set -- --target "$stage" --tag "$(image "$1")" --file "$root/Dockerfile" \
         --build-arg "VERSION=$version" --build-arg "REVISION=$revision" \
+        ${reward:+--build-arg "REWARD=$reward"} \
         ${BASE_IMAGE:+--build-arg "BASE_IMAGE=$BASE_IMAGE"} \
         ${CA_BUNDLE:+--secret "id=ca_bundle,src=$CA_BUNDLE"}
     # BUILD_FLAGS is a list of words.
@@ -59,7 +66,7 @@ shift
 tool=$(container_tool)
 
 for target in "$@"; do
-    case $target in operator | trainer) ;; *) usage ;; esac
+    case $target in operator | trainer | hpsv3 | image-reward) ;; *) usage ;; esac
     case $action in
     build)
         build "$target"

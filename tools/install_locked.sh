@@ -22,7 +22,8 @@ python3 -m venv "$tools"
 
 # Byte code is compiled now: a read-only root file system leaves no later moment.
 "$tools/bin/uv" venv --quiet --no-cache --no-python-downloads --python python3 "$environment"
-"$tools/bin/uv" pip install --quiet --no-cache --require-hashes --compile-bytecode \
+# A lock has everything; what it overrides is not asked again.
+"$tools/bin/uv" pip install --quiet --no-cache --no-deps --require-hashes --compile-bytecode \
     --python "$environment/bin/python" --requirement "$lock"
 
 [ $# -eq 3 ] || rm -rf "$tools"

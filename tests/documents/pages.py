@@ -72,6 +72,9 @@ NEEDS_HARDWARE = {
     "python -m tempflow_trainer.rewards.serve pickscore --device cuda --host 0.0.0.0 --port 8090": (
         "a GPU, and published weights"
     ),
+    "tools/images.sh build hpsv3 image-reward": (
+        "14 GB of disk and 15 minutes; what the images install is run by make test-rewards"
+    ),
 }
 
 

@@ -65,6 +65,15 @@ def test_builds_with_the_tool_that_is_there(machine: Machine, tool: str) -> None
     assert "localhost/tempflow-operator:v1:" in done.stdout
 
 
+def test_an_image_of_a_reward_has_the_lock_of_that_reward(machine: Machine) -> None:
+    machine.install("buildah")
+    machine.run("build", "hpsv3", "operator", IMAGE_TAG="v1")
+    reward, operator = machine.calls("build")
+    assert "--target reward --tag localhost/tempflow-hpsv3:v1" in reward
+    assert "--build-arg REWARD=hpsv3" in reward
+    assert "REWARD" not in operator
+
+
 def test_docker_without_its_daemon_is_passed_over(machine: Machine) -> None:
     machine.install("docker", works=False)
     machine.install("buildah")
@@ -128,9 +137,12 @@ def test_the_images_hold_the_versions_that_were_tested(target: str) -> None:
     assert ours.items() <= everything.items()
 
 
-@pytest.mark.parametrize("target", ["operator", "trainer", "build"])
-def test_every_locked_package_has_its_hash(target: str) -> None:
-    text = (ROOT / f"requirements-{target}.lock").read_text(encoding="utf-8")
+LOCKS = [*ROOT.glob("requirements*.lock"), *(ROOT / "tools/reward_images").glob("*.lock")]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_every_locked_package_has_its_hash(lock: Path) -> None:
+    text = lock.read_text(encoding="utf-8")
     entries = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
     assert entries
     assert all("--hash=sha256:" in entry for entry in entries)
@@ -142,7 +154,7 @@ def test_what_the_operator_needs_is_no_torch() -> None:
     )
 
 
-@pytest.mark.parametrize("target", ["operator", "trainer"])
+@pytest.mark.parametrize("target", ["operator", "trainer", "reward"])
 def test_the_image_runs_as_an_ordinary_user_without_a_shell(target: str) -> None:
     (stage,) = re.findall(rf"^FROM \S+ AS {target}\n(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)
     assert "USER 65532:65532" in stage
@@ -151,10 +163,10 @@ def test_the_image_runs_as_an_ordinary_user_without_a_shell(target: str) -> None
 
 
 def test_code_lies_above_the_dependencies() -> None:
-    for target in ("operator", "trainer"):
+    for target in ("operator", "trainer", "reward"):
         dependencies = DOCKERFILE.index(f"AS {target}-dependencies")
         assert dependencies < DOCKERFILE.index(f"FROM {target}-dependencies AS {target}")
-    assert DOCKERFILE.count("COPY --from=code") == 2
+    assert DOCKERFILE.count("COPY --from=code") == 3
 
 
 def test_what_the_dockerfile_copies_is_not_ignored() -> None:

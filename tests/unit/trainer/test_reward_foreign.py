@@ -2,7 +2,7 @@
 
 Neither the published weights nor the packages are here. The chat server is a real HTTP server that
 answers as OpenAI's interface does; the packages are stand-ins with what hpsv3 1.0 and image-reward
-1.5 take and give.
+1.5 take and give. Their own code runs in tests/packages.
 """
 
 import base64
@@ -10,6 +10,7 @@ import io
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from aiohttp import web
 from PIL import Image
 
-from tempflow_api.errors import RewardFailed
+from tempflow_api.errors import ModelUnavailable, RewardFailed
 from tempflow_api.v1alpha1 import RewardTerm
 from tempflow_trainer.rewards import registry
 from tempflow_trainer.rewards.base import Reward, Scores
@@ -148,8 +149,14 @@ def test_hpsv3_is_the_mean_and_gets_pictures_and_prompts_by_name(
             self, config_path: Any = None, checkpoint_path: Any = None, device: str = "cuda"
         ) -> None:
             made.update(checkpoint=checkpoint_path, device=device)
+            if checkpoint_path == "absent.safetensors":
+                raise FileNotFoundError(f"No such file: {checkpoint_path}")
+            self.model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+            tokenizer = types.SimpleNamespace(get_added_vocab=lambda: {"<|Reward|>": 7})
+            self.processor = types.SimpleNamespace(tokenizer=tokenizer)
 
         def reward(self, prompts: list[str], image_paths: list[Image.Image]) -> torch.Tensor:
+            assert self.model.weight.dtype == torch.float32  # on a CPU
             red = [float(picture.getpixel((0, 0))[0]) for picture in image_paths]  # type: ignore[index]
             return torch.tensor([[r + len(p), 99.0] for r, p in zip(red, prompts, strict=True)])
 
@@ -158,17 +165,29 @@ def test_hpsv3_is_the_mean_and_gets_pictures_and_prompts_by_name(
     monkeypatch.setitem(sys.modules, "hpsv3", package)
     scorer = build("hpsv3", checkpoint="mine.safetensors").terms[0].scorer
     assert made == {"checkpoint": "mine.safetensors", "device": "cpu"}
-    found = scorer.score(reds(10, 20), ["a", "bcd"], [{}, {}])
-    assert not isinstance(found, Scores)
-    assert found.tolist() == [11.0, 23.0]
+    found = scorer.score(reds(10, 20, 30), ["a", "bcd", "e <|Reward|>"], [{}, {}, {}])
+    assert isinstance(found, Scores)
+    assert found.values_N.tolist() == [11.0, 23.0, 30.0]
+    assert found.failed == {2: "the prompt has <|Reward|>, which is a mark of the model's own"}
+    with pytest.raises(ModelUnavailable, match=r"'hpsv3' cannot load Qwen/.* No such file: absent"):
+        build("hpsv3", checkpoint="absent.safetensors")
     with pytest.raises(
         RewardFailed, match=r"expected a \.safetensors file: other files are read by"
     ):
         build("hpsv3", checkpoint="mine.pth")
 
 
-def test_image_reward_scores_picture_by_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Model:
+def test_image_reward_scores_picture_by_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded: list[tuple[str, str | None]] = []
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = torch.nn.Linear(1, 1)
+            self.unused = torch.nn.Linear(1, 1)
+
         # Release 1.5 calls the second one image and refuses what is neither picture nor path.
         def score(self, prompt: str, image: object) -> float:
             if not isinstance(image, Image.Image | str):
@@ -176,9 +195,12 @@ def test_image_reward_scores_picture_by_picture(monkeypatch: pytest.MonkeyPatch)
             assert isinstance(image, Image.Image)
             return float(image.getpixel((0, 0))[0]) - len(prompt)  # type: ignore[index]
 
-    def load(name: str, device: str, download_root: str) -> Model:
-        assert (name, device) == ("ImageReward-v1.0", "cpu")
+    def load(name: str, device: str, download_root: str, med_config: str | None = None) -> Model:
+        assert device == "cpu"
         assert download_root.endswith("image-reward")
+        loaded.append((name, med_config))
+        if name == "unknown":
+            raise RuntimeError("Model unknown not found; available models = ['ImageReward-v1.0']")
         return Model()
 
     package = types.ModuleType("ImageReward")
@@ -186,3 +208,18 @@ def test_image_reward_scores_picture_by_picture(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "ImageReward", package)
     [scores] = build("image-reward").score(reds(10, 20), ["a", "bcd"], [{}, {}]).values()
     assert scores.tolist() == [9.0, 17.0]
+
+    # The package would fetch the text encoder's configuration for a file, too.
+    mine, config = tmp_path / "mine.pt", tmp_path / "med_config.json"
+    mine.touch()
+    with pytest.raises(RewardFailed, match=r"beside .*mine\.pt there is no med_config\.json"):
+        build("image-reward", model=str(mine))
+    config.touch()
+    torch.save(Model().mlp.state_dict(prefix="mlp."), mine)
+    build("image-reward", model=str(mine))
+    assert loaded == [("ImageReward-v1.0", None), (str(mine), str(config))]
+    torch.save({"mlp.bias": torch.zeros(1)}, mine)
+    with pytest.raises(ModelUnavailable, match=r"mine\.pt lacks 1 weights, as mlp\.weight"):
+        build("image-reward", model=str(mine))
+    with pytest.raises(ModelUnavailable, match=r"'image-reward' cannot load unknown and bert-base"):
+        build("image-reward", model="unknown")

@@ -10,13 +10,14 @@ import fsspec
 import torch
 from botocore.exceptions import BotoCoreError
 from huggingface_hub import constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the client's
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -30,6 +31,8 @@ ASSETS = Path(str(files("tempflow_trainer"))) / "assets"
 INDEX = "model_index.json"
 # Of a model in the diffusers layout all that says what it is; a few kilobytes.
 CONFIGURATIONS = (INDEX, "*/config.json", "scheduler/scheduler_config.json")
+# Images of rewards have a release below 1, where there is but the general one.
+_NO_ENTRY = getattr(hub_errors, "RemoteEntryNotFoundError", EntryNotFoundError)
 
 
 def locate(source: str, cache: Path) -> str:
@@ -135,7 +138,7 @@ def hub_error(
             f"there is no such model at {site}, or it is private and HF_TOKEN may not read it; "
             f"{_token_state()}"
         ),
-        (RemoteEntryNotFoundError,): f"it has no {lacks}",
+        (_NO_ENTRY,): f"it has no {lacks}",
         (OfflineModeIsEnabled,): (
             "it is not in the local cache, and HF_HUB_OFFLINE forbids the network"
         ),

@@ -4,7 +4,8 @@ Weights are read from safetensors, or from a torch file without running what is 
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def load(kind: Any, source: str, revision: str, place: Place, **options: Any) ->
             _one_line(error) if Path(where).is_dir() else _of_hub(error, where, revision, lacks)
         )
         raise ModelUnavailable(f"{source} cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+@contextmanager
+def foreign(package: str, files: str) -> Iterator[None]:
+    """What a package's own loader raises, as one error that names the files.
+
+    Raises:
+        ModelUnavailable: no access, no network, a file that is missing or another model's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ModelUnavailable(
+            f"the package {package!r} cannot load {files}: {_one_line(error)}"
+        ) from error
 
 
 def weights(source: str, file: str, revision: str, place: Place) -> dict[str, Tensor]:
