@@ -58,12 +58,13 @@ class Laptop:
         )
 
     def _environment(self) -> dict[str, str]:
-        everything = self.user.environment().items()
-        without = {name: value for name, value in everything if not name.startswith("AWS_")}
+        found = self.user.environment()
         if self.has_credentials:
-            return {**without, **scenario.access(self.s3)}
+            return {**found, **scenario.access(self.s3)}
+        for name in scenario.credentials(self.s3):
+            found.pop(name, None)
         nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-        return {**without, **nowhere}
+        return {**found, **nowhere}
 
     def __call__(self, *arguments: str) -> str:
         process = self.start(*arguments)
