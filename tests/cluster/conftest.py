@@ -4,7 +4,7 @@ import os
 import platform
 import time
 import uuid
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,8 @@ from tests.cluster.target import Target
 from tests.cluster.waiting import Say, progress_lines, wait_for
 from tests.cluster.witness import Witnessed, witness
 
+SHOWN = 4  # names of tests that were left out for one reason
+
 
 def pytest_report_header() -> str:
     kubeconfig = foreign.kubeconfig()
@@ -35,18 +37,19 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many cluster tests were left out, and why: a green run is no word about them."""
-    skipped = terminalreporter.getreports("skipped")
-    reasons = Counter(
-        report.longrepr[2].removeprefix("Skipped: ")
-        for report in skipped
-        if report.nodeid.startswith("tests/cluster/")
-    )
-    if not reasons:
+    """Which cluster tests were left out, and why: a green run is no word about them."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for report in terminalreporter.getreports("skipped"):
+        if report.nodeid.startswith("tests/cluster/"):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            names[reason].append(report.nodeid.rpartition("::")[2])
+    if not names:
         return
-    terminalreporter.section(f"{reasons.total()} cluster tests left out")
-    for reason, count in reasons.most_common():
-        terminalreporter.line(f"{count:4} {reason}")
+    terminalreporter.section(f"{sum(map(len, names.values()))} cluster tests left out")
+    for reason, left_out in names.items():
+        more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+        terminalreporter.line(f"{len(left_out)}: {reason}")
+        terminalreporter.line(f"   {', '.join(left_out[:SHOWN])}{more}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
