@@ -186,6 +186,12 @@ def test_a_pod_that_is_deleted(
     assert (status.restarts.failures, status.restarts.disruptions) == (0, 1)
 
 
+@pytest.fixture
+def own_node(cluster: Target) -> None:
+    cluster.our_own("a node on which it may kill the operator's process")
+
+
+@pytest.mark.usefixtures("own_node")  # before a job is submitted for it
 def test_the_leading_operator_is_killed_when_it_is_needed(
     *,
     job: Submission,
@@ -196,7 +202,6 @@ def test_the_leading_operator_is_killed_when_it_is_needed(
     tmp_path: Path,
 ) -> None:
     """A pod of the job goes, and the operator with it: another replica starts the next attempt."""
-    cluster.our_own("a node on which it may kill the operator's process")
     leader = release.leader()
     victim = job.live_pods()[0]
     cluster.kubectl.run("delete", "pod", victim, "-n", job.namespace, "--wait=false")
