@@ -62,7 +62,7 @@ cluster-down: ## End it; nothing is left behind
 	$(RUN) tests/cluster/cluster.py down
 
 test-cluster: setup ## The operator in pods on that cluster: images, chart, jobs, faults
-	$(RUN) tests/cluster/build.py
+	$(RUN) tests/cluster/build.py $(if $(TEMPFLOW_TEST_KUBECONFIG),--clients)
 	$(RUN) tests/budget.py --name cluster --minutes 30 -- $(RUN) -m pytest -q -x -m cluster tests/cluster
 
 check: setup ## Format, types, imports, generated files

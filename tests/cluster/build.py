@@ -3,7 +3,8 @@
 Whatever is built or unpacked is kept in the cache folder, built things under a hash of all that
 decides what they are, so that only the first cluster of a machine waits for them.
 
-    python tests/cluster/build.py     build or find everything, and print the folders
+    python tests/cluster/build.py              build or find everything, and print the folders
+    python tests/cluster/build.py --clients    kubectl and helm alone, for another cluster
 """
 
 import fcntl
@@ -102,6 +103,11 @@ def binaries(say: Say) -> Path:
                 _build(folder, say)
     assets = os.environ.get("KUBEBUILDER_ASSETS")
     return _with_assets(folder, Path(assets)) if assets else folder
+
+
+def has_binaries() -> bool:
+    """Whether they are built."""
+    return (cache_folder() / _fingerprint() / "complete").exists()
 
 
 def program(wanted: GoProgram, say: Say) -> Path:
@@ -327,6 +333,9 @@ def main() -> int:
     """Build or find everything; one line on standard error when something is missing."""
     say = progress_lines()
     try:
+        if sys.argv[1:] == ["--clients"]:
+            say(f"ready: {kubectl_and_helm(say)}")
+            return 0
         install_packages(say)
         for found in (binaries(say), kubectl_and_helm(say), seaweedfs(say)):
             say(f"ready: {found}")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a script
 
-from tests.cluster import build, controlplane, images, mounts, network, nodes, pki, s3
+from tests.cluster import build, controlplane, images, mounts, network, nodes, pki, s3, s3_server
 from tests.cluster.errors import ClusterError
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.layout import (
@@ -128,9 +128,9 @@ class Cluster:
             raise ClusterError(f"{archive} is no file")
         nodes.load_image(self.state, archive.resolve())
 
-    def s3_server(self, say: Say) -> s3.S3Server:
+    def s3_server(self, say: Say) -> s3_server.S3Server:
         """The cluster's S3 server; the caller starts it."""
-        return s3.server(self.state, build.seaweedfs(say))
+        return s3_server.server(self.state, build.seaweedfs(say))
 
     def kill_kubelet(self, node: Node) -> None:
         """End a node's kubelet at once; its containers go on, as when a node loses its network."""
@@ -171,7 +171,7 @@ def down(state: StateFolder, say: Say, *, keep_logs: bool = False) -> None:
         process.end(grace_seconds=0)
     for node in NODES:
         nodes.remove_containers(state, node)
-    s3.remove_sockets()
+    s3_server.remove_sockets()
     say("processes and containers ended")
     mounts.unmount_below(state.root)
     network.remove(ledger)

@@ -1,34 +1,55 @@
-"""Fixtures of the cluster tests: the cluster, a namespace, an S3 server, the installed project."""
+"""Fixtures of the cluster tests: the cluster, a namespace, an S3 store, the installed project."""
 
 import os
 import platform
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from tempflow_api import crd, naming
-from tests.cluster import bare, build, project_images, rbac, scenario, target
+from tests.cluster import bare, build, foreign, project_images, rbac, scenario, target
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.bare import Bare
 from tests.cluster.cluster import down, ensure_up
 from tests.cluster.kubectl import Kubectl
-from tests.cluster.layout import DEFAULT_STATE, StateFolder
+from tests.cluster.layout import DEFAULT_STATE, KUBECONFIG_VARIABLE, StateFolder
 from tests.cluster.project_images import ProjectImages
-from tests.cluster.s3 import S3Server
+from tests.cluster.s3 import S3
+from tests.cluster.s3_server import S3Server
 from tests.cluster.scenario import Release, Store
-from tests.cluster.target import KUBECONFIG_VARIABLE, Target
+from tests.cluster.target import Target
 from tests.cluster.waiting import Say, progress_lines, wait_for
 from tests.cluster.witness import Witnessed, witness
 
+SHOWN = 4  # names of tests that were left out for one reason
+
 
 def pytest_report_header() -> str:
-    kubeconfig = os.environ.get(KUBECONFIG_VARIABLE)
+    kubeconfig = foreign.kubeconfig()
     if kubeconfig:
-        return f"cluster: {kubeconfig}; tests that kill nodes or need our S3 server are left out"
+        return f"cluster: {kubeconfig}; what may be done to our own alone is left out and told last"
     return "cluster: our own, on this machine"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which cluster tests were left out, and why: a green run is no word about them."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for report in terminalreporter.getreports("skipped"):
+        if report.nodeid.startswith("tests/cluster/"):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            names[reason].append(report.nodeid.rpartition("::")[2])
+    if not names:
+        return
+    terminalreporter.section(f"{sum(map(len, names.values()))} cluster tests left out")
+    for reason, left_out in names.items():
+        more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+        terminalreporter.line(f"{len(left_out)}: {reason}")
+        terminalreporter.line(f"   {', '.join(left_out[:SHOWN])}{more}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,11 +80,13 @@ def started_at() -> datetime:
 
 
 @pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest, say: Say) -> Iterator[Target]:
+def cluster(
+    request: pytest.FixtureRequest, say: Say, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Target]:
     """The cluster; one that the tests started is ended after them, one that was up stays up."""
-    kubeconfig = os.environ.get(KUBECONFIG_VARIABLE)
+    kubeconfig = foreign.kubeconfig()
     if kubeconfig:
-        yield target.foreign(kubeconfig, say)
+        yield foreign.target(kubeconfig, tmp_path_factory.mktemp("logs"), say)
         return
     if platform.system() != "Linux" or os.geteuid() != 0:
         pytest.skip(f"needs root on Linux, or {KUBECONFIG_VARIABLE} with another cluster")
@@ -79,14 +102,25 @@ def cluster(request: pytest.FixtureRequest, say: Say) -> Iterator[Target]:
 
 
 @pytest.fixture(scope="session")
-def bare_server(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
-    """A control plane without nodes, which knows the project's resource definition. Its user
-    ``OPERATOR`` may do what the chart grants."""
+def binaries(say: Say) -> Path:
+    """Kubernetes' programs, for an API server of the tests' own. For the tests of another cluster
+    they are not built, as that takes long and those need none; but used when they are there."""
     if platform.system() != "Linux":
         pytest.skip("the binaries are built for Linux")
+    if foreign.kubeconfig() and not build.has_binaries():
+        pytest.skip("needs Kubernetes' programs, which python tests/cluster/build.py builds")
+    return build.binaries(say)
+
+
+@pytest.fixture(scope="session")
+def bare_server(
+    binaries: Path, say: Say, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bare]:
+    """A control plane without nodes, which knows the project's resource definition. Its user
+    ``OPERATOR`` may do what the chart grants."""
     folder = tmp_path_factory.mktemp("bare")
     tools = build.kubectl_and_helm(say)
-    with bare.running(build.binaries(say), tools / "kubectl", folder) as server:
+    with bare.running(binaries, tools / "kubectl", folder) as server:
         server.kubectl.run("apply", "-f", "-", stdin=crd.document())
         server.kubectl.wait_established(f"{naming.PLURAL}.{naming.GROUP}")
         rbac.grant(server.kubectl, bare.OPERATOR, name=scenario.RELEASE, namespace=scenario.SYSTEM)
@@ -103,33 +137,45 @@ def namespace(cluster: Target) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def s3(cluster: Target, say: Say) -> Iterator[S3Server]:
+def s3_server(cluster: Target, say: Say) -> Iterator[S3Server]:
     """The S3 server on the bridge; only our own cluster's pods can reach it."""
-    server = cluster.our_own().s3_server(say)
+    server = cluster.our_own("an S3 server that it may kill").s3_server(say)
     server.start()
     yield server
     server.kill()  # nothing of its data is needed any more
 
 
 @pytest.fixture(scope="session")
+def s3(request: pytest.FixtureRequest, cluster: Target) -> Iterator[S3]:
+    """The store of that server; of another cluster, the one that variables name."""
+    if cluster.own is None:
+        yield from foreign.s3()
+    else:
+        yield request.getfixturevalue("s3_server").store
+
+
+@pytest.fixture(scope="session")
 def images(cluster: Target, say: Say) -> ProjectImages:
-    """Built from this working copy, and on the nodes."""
-    ours = cluster.our_own()
+    """Built from this working copy, and on the nodes; of another cluster, those it is told."""
+    if cluster.own is None:
+        return foreign.images()
     images = project_images.build(say)
-    project_images.bring_in(ours, images.operator, say)
-    project_images.bring_in(ours, images.trainer, say)
+    project_images.bring_in(cluster.own, images.operator, say)
+    project_images.bring_in(cluster.own, images.trainer, say)
     return images
 
 
 @pytest.fixture(scope="session")
 def release(cluster: Target, images: ProjectImages, say: Say) -> Iterator[Release]:
-    """The chart, installed with images built from this working copy."""
+    """The chart, installed with the project's images."""
     release = Release(cluster)
-    release.install(images, *scenario.IMPATIENT)
-    say("chart installed")
-    yield release
-    release.save_logs(cluster.our_own().state.logs)
-    release.uninstall()
+    try:
+        release.install(images, *scenario.IMPATIENT)
+        say("chart installed")
+        yield release
+        release.save_logs(cluster.logs)
+    finally:
+        release.uninstall()
 
 
 @pytest.fixture(scope="session")
@@ -143,42 +189,41 @@ def team(cluster: Target, release: Release) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def user(
-    cluster: Target, team: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Kubectl:
-    s3.create_bucket(scenario.BUCKET)
+def user(cluster: Target, s3: S3, team: str, tmp_path_factory: pytest.TempPathFactory) -> Kubectl:
+    # The team goes before the store that its pods write to: the fixture after it is ended first.
     return scenario.create_user(cluster.kubectl, team, s3, tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="session")
-def store(s3: S3Server) -> Store:
+def store(s3: S3) -> Store:
     return Store(s3)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(
+    *,
     user: Kubectl,
     team: str,
-    s3: S3Server,
+    s3: S3,
     store: Store,
+    cluster: Target,
     say: Say,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Witnessed:
-    """The short job, left alone."""
+    """The short job, left alone, with GPUs where there are any."""
     started = time.monotonic()
-    job = scenario.submit(user, team, s3, "undisturbed", compute__gpusPerProcess=1)
+    gpus = min(1, cluster.gpus_of_a_node())
+    job = scenario.submit(user, team, s3, "undisturbed", compute__gpusPerProcess=gpus)
     seen = witness(job, store, tmp_path_factory.mktemp("result") / "digits")
     say(f"undisturbed job ended and pulled after {time.monotonic() - started:.0f} s")
     return seen
 
 
 @pytest.fixture(scope="session")
-def api(tmp_path_factory: pytest.TempPathFactory, say: Say) -> Iterator[ApiServer]:
+def api(binaries: Path, tmp_path_factory: pytest.TempPathFactory, say: Say) -> Iterator[ApiServer]:
     """etcd and an API server of the tests' own, with our custom resource."""
     folder = tmp_path_factory.mktemp("api")
-    server = ApiServer(
-        StateFolder(folder), build.binaries(say), build.kubectl_and_helm(say) / "kubectl"
-    )
+    server = ApiServer(StateFolder(folder), binaries, build.kubectl_and_helm(say) / "kubectl")
     try:
         server.start_etcd()
         server.start()

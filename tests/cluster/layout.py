@@ -51,6 +51,10 @@ PROXY_HEALTH_PORT = 10256
 DNS_PORT = 53
 S3_PORT = 8333
 
+# Names a cluster to test instead of our own. Not KUBECONFIG itself, which most shells of a
+# developer have: no cluster is tested because it happened to be there.
+KUBECONFIG_VARIABLE = "TEMPFLOW_TEST_KUBECONFIG"
+
 # Daemons carry this variable with their state folder as its value: `down` finds them, and the
 # containerd shims that inherit it, even after the folder with the recorded pids was deleted.
 MARK = "TEMPFLOW_CLUSTER_STATE"

@@ -32,17 +32,17 @@ BUILD = {
 class ProjectImages:
     """Names of the two images, as pods give them."""
 
-    operator_repository: str = f"{REPOSITORY}/tempflow-operator"
-    trainer_repository: str = f"{REPOSITORY}/tempflow-trainer"
-    tag: str = TAG
+    operator: str = f"{REPOSITORY}/tempflow-operator:{TAG}"
+    trainer: str = f"{REPOSITORY}/tempflow-trainer:{TAG}"
 
-    @property
-    def operator(self) -> str:
-        return f"{self.operator_repository}:{self.tag}"
-
-    @property
-    def trainer(self) -> str:
-        return f"{self.trainer_repository}:{self.tag}"
+    def chart_values(self) -> list[str]:
+        """The options with which helm installs them."""
+        mark, key = ("@", "digest") if "@" in self.operator else (":", "tag")
+        repository, _, version = self.operator.rpartition(mark)
+        return [
+            *("--set", f"image.repository={repository}", "--set", f"image.{key}={version}"),
+            *("--set", f"trainerImage={self.trainer}"),
+        ]
 
 
 def make_base(say: Say) -> None:

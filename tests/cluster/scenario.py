@@ -19,7 +19,7 @@ from tempflow_api.status import Condition, JobStatus
 from tests.cluster.errors import ClusterError
 from tests.cluster.kubectl import JsonObject, Kubectl
 from tests.cluster.project_images import ROOT, ProjectImages
-from tests.cluster.s3 import S3Server, request
+from tests.cluster.s3 import S3
 from tests.cluster.target import Target
 from tests.cluster.waiting import wait_for
 
@@ -27,8 +27,18 @@ RELEASE = "tempflow"
 SYSTEM = "tempflow-system"
 OPERATOR_USER = f"system:serviceaccount:{SYSTEM}:{RELEASE}"
 DEFINITION = f"customresourcedefinition/{naming.PLURAL}.{naming.GROUP}"
-BUCKET = "tempflow"
 SECRET = "s3-credentials"
+RUNS = "runs"  # the folder of all jobs but the journey's
+_POD_INDEX = "batch.kubernetes.io/job-completion-index"
+# Only torchrun's children have a rank.
+_PIDS = """
+import glob
+from pathlib import Path
+pids = [
+    int(Path(file).parent.name) for file in glob.glob("/proc/[0-9]*/environ")
+    if b"RANK={rank}" in Path(file).read_bytes().split(bytes(1))
+]
+"""
 
 EPOCHS = 18
 COMMIT_EVERY = 3
@@ -64,9 +74,7 @@ class Release:
         self._helm(
             *("upgrade", "--install", RELEASE, str(ROOT / "charts/tempflow")),
             *("--namespace", SYSTEM, "--create-namespace"),
-            *("--set", f"image.repository={images.operator_repository}"),
-            *("--set", f"image.tag={images.tag}"),
-            *("--set", f"trainerImage={images.trainer}"),
+            *images.chart_values(),
             *more,
         )
         self._rolled_out()
@@ -109,7 +117,10 @@ class Release:
     def uninstall(self) -> None:
         self.uninstall_chart()
         self.cluster.kubectl.run("delete", DEFINITION, "--ignore-not-found")
-        self.cluster.kubectl.run("delete", "namespace", SYSTEM, "--wait=false")
+        # Waited for: a cluster that is not ours is refused while it has this namespace.
+        self.cluster.kubectl.run(
+            *("delete", "namespace", SYSTEM, "--ignore-not-found", "--timeout=2m")
+        )
 
     def leader(self) -> str:
         """The pod that holds the Lease; empty when none does."""
@@ -121,9 +132,13 @@ class Release:
         return self.cluster.kubectl.items("pods", "-l", selector, namespace=SYSTEM)
 
     def kill(self, pod: str) -> None:
-        """End an operator's process at once and for good, as a lost machine would."""
-        for process in processes_with("POD_NAME", pod):
-            process.kill()
+        """End an operator's process at once and for good, as a lost machine would.
+
+        On nodes that are not ours its kubelet asks it to end, and it gives its Lease up.
+        """
+        if self.cluster.own is not None:
+            for process in processes_with("POD_NAME", pod):
+                process.kill()
         # Or its kubelet would start it again, under the name that holds the Lease.
         self.cluster.kubectl.run(
             *("delete", "pod", pod, "-n", SYSTEM, "--force", "--grace-period=0", "--wait=false")
@@ -215,35 +230,33 @@ class Submission:
             if pod["status"]["phase"] not in ("Succeeded", "Failed")
         ]
 
-    def ranks(self) -> list[psutil.Process]:
-        """The processes of the run that compute, on this machine, by number of their rank."""
-        run_id = self.run_id()
-        found: list[tuple[int, psutil.Process]] = []
-        for process in psutil.process_iter():
-            try:
-                environment = process.environ()
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-            # Only torchrun's children have a rank.
-            if environment.get(naming.ENV_RUN_ID) == run_id and "RANK" in environment:
-                found.append((int(environment["RANK"]), process))
-        return [process for _, process in sorted(found, key=lambda entry: entry[0])]
+    def pod_of_rank(self, rank: int) -> str:
+        """The live pod of that rank, where each has one."""
+        selector = f"{naming.LABEL_JOB_NAME}={self.name},{_POD_INDEX}={rank}"
+        found = self.user.items("pods", "-l", selector, namespace=self.namespace)
+        (pod,) = {pod["metadata"]["name"] for pod in found} & set(self.live_pods())
+        return str(pod)
+
+    def run_beside(self, admin: Kubectl, rank: int, program: str) -> str:
+        """Run a Python program in the container of a rank, to which `pids` tells its processes."""
+        where = ("exec", self.pod_of_rank(rank), "-n", self.namespace)
+        container = ("-c", naming.TRAINER_CONTAINER, "--")
+        return admin.run(*where, *container, "python", "-c", _PIDS.format(rank=rank) + program)
 
 
 @dataclass(frozen=True)
 class Store:
     """Checkpoints, looked at from this machine with the tools that a user has."""
 
-    s3: S3Server
+    s3: S3
 
     def uri(self, job: Submission) -> str:
-        return f"s3://{BUCKET}/runs/{job.run_id()}"
+        return self.s3.uri(_path(job))
 
     def has_committed(self, job: Submission, step: int, incarnation: int = 1) -> bool:
         """Whether that start of attempt 1 has committed the checkpoint after so many epochs."""
         folder = f"{layout.CHECKPOINTS}/{layout.folder_name(step, 1, incarnation)}"
-        key = f"/{BUCKET}/runs/{job.run_id()}/{folder}/{layout.MANIFEST}"
-        return request("GET", self.s3.presigned_url("GET", key))[0] == 200
+        return self.s3.get(f"{_path(job)}/{folder}/{layout.MANIFEST}")[0] == 200
 
     def wait_first_commit(self, job: Submission) -> None:
         wait_for(
@@ -254,8 +267,7 @@ class Store:
 
     def evaluations(self, job: Submission) -> list[JsonObject]:
         """What the run's record says of each evaluation."""
-        key = f"/{BUCKET}/runs/{job.run_id()}/{layout.EVALUATIONS}"
-        status, body = request("GET", self.s3.presigned_url("GET", key))
+        status, body = self.s3.get(f"{_path(job)}/{layout.EVALUATIONS}")
         assert status == 200
         return [json.loads(line) for line in body.decode().splitlines()]
 
@@ -275,7 +287,12 @@ class Store:
         return "--endpoint-url", self.s3.endpoint
 
     def _tempflow(self, *arguments: str) -> str:
-        return tempflow(*arguments, environment=credentials(self.s3))
+        return tempflow(*arguments, environment=access(self.s3))
+
+
+def _path(job: Submission) -> str:
+    """Of the run, below the store's folder."""
+    return f"{RUNS}/{job.run_id()}"
 
 
 def tempflow(*arguments: str, environment: dict[str, str] | None = None) -> str:
@@ -284,15 +301,19 @@ def tempflow(*arguments: str, environment: dict[str, str] | None = None) -> str:
     return _run(command, {**os.environ, **(environment or {})})
 
 
-def credentials(s3: S3Server) -> dict[str, str]:
+def credentials(s3: S3) -> dict[str, str]:
     """The user's own."""
-    return {
-        "AWS_ACCESS_KEY_ID": s3.user.access_key,
-        "AWS_SECRET_ACCESS_KEY": s3.user.secret_key,
-    }
+    keys = s3.keys
+    found = {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
+    return found | ({"AWS_SESSION_TOKEN": keys.session_token} if keys.session_token else {})
 
 
-def manifest(name: str, s3: S3Server, overrides: dict[str, object]) -> str:
+def access(s3: S3) -> dict[str, str]:
+    """All that reaches the store, for pods and for the user's commands."""
+    return {**credentials(s3), "AWS_DEFAULT_REGION": s3.region}
+
+
+def manifest(name: str, s3: S3, overrides: dict[str, object]) -> str:
     """The digits example as a job of two nodes that is short."""
     values = {
         "metadata.name": name,
@@ -300,7 +321,7 @@ def manifest(name: str, s3: S3Server, overrides: dict[str, object]) -> str:
         "spec.compute.nodes": 2,
         "spec.compute.processesPerNode": 1,
         "spec.compute.secretName": SECRET,
-        "spec.checkpoint.uri": f"s3://{BUCKET}/runs",
+        "spec.checkpoint.uri": s3.uri(RUNS),
         "spec.checkpoint.endpointUrl": s3.endpoint,
         **overrides,
     }
@@ -308,16 +329,14 @@ def manifest(name: str, s3: S3Server, overrides: dict[str, object]) -> str:
     return tempflow("validate", str(ROOT / "examples/digits.yaml"), "-o", "yaml", *settings)
 
 
-def submit(
-    user: Kubectl, namespace: str, s3: S3Server, name: str, **overrides: object
-) -> Submission:
+def submit(user: Kubectl, namespace: str, s3: S3, name: str, **overrides: object) -> Submission:
     """Apply the short job, with these fields of its spec set otherwise; `a__b` is `a.b`."""
     changed = {f"spec.{path.replace('__', '.')}": value for path, value in overrides.items()}
     user.run("apply", "-n", namespace, "-f", "-", stdin=manifest(name, s3, changed))
     return Submission(user, namespace, name)
 
 
-def create_user(admin: Kubectl, namespace: str, s3: S3Server, folder: Path) -> Kubectl:
+def create_user(admin: Kubectl, namespace: str, s3: S3, folder: Path) -> Kubectl:
     """Somebody who may do in the namespace what the chart's edit role allows, and nothing else.
 
     The administrator has put the store's credentials there.
@@ -328,10 +347,10 @@ def create_user(admin: Kubectl, namespace: str, s3: S3Server, folder: Path) -> K
         *("create", "rolebinding", "researcher", f"--clusterrole={RELEASE}-edit"),
         *(f"--serviceaccount={namespace}:researcher", *in_namespace),
     )
-    literals = [f"--from-literal={key}={value}" for key, value in credentials(s3).items()]
+    literals = [f"--from-literal={key}={value}" for key, value in access(s3).items()]
     admin.run("create", "secret", "generic", SECRET, *literals, *in_namespace)
     token = admin.run("create", "token", "researcher", "--duration=2h", *in_namespace).strip()
-    config = yaml.safe_load(admin.kubeconfig.read_text())
+    config = yaml.safe_load(admin.run("config", "view", "--raw", "--flatten", "--minify"))
     config["users"] = [
         {"name": entry["name"], "user": {"token": token}} for entry in config["users"]
     ]

@@ -6,6 +6,7 @@ its role for reading inside comes last, after that was bound.
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -21,8 +22,8 @@ from tempflow_api.errors import ExitCode
 from tests.cluster import scenario
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.project_images import ProjectImages
-from tests.cluster.s3 import S3Server
-from tests.cluster.scenario import BUCKET, DEFINITION, SECRET, SYSTEM, Release
+from tests.cluster.s3 import S3
+from tests.cluster.scenario import DEFINITION, SECRET, SYSTEM, Release
 from tests.cluster.target import Target
 from tests.cluster.waiting import Say, wait_for
 from tests.drawn_digits import share_found
@@ -41,7 +42,7 @@ class Laptop:
 
     folder: Path
     user: Kubectl
-    s3: S3Server
+    s3: S3
     namespace: str
     has_credentials: bool = True
     """Of the store; without them only the cluster gets at it."""
@@ -50,16 +51,20 @@ class Laptop:
         return subprocess.Popen(
             [sys.executable, "-m", "tempflow", *arguments],
             cwd=self.folder,
-            env={**self.user.environment(), **self._credentials()},
+            env=self._environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def _credentials(self) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
+        found = self.user.environment()
         if self.has_credentials:
-            return scenario.credentials(self.s3)
-        return {"AWS_EC2_METADATA_DISABLED": "true"}
+            return {**found, **scenario.access(self.s3)}
+        for name in scenario.credentials(self.s3):
+            found.pop(name, None)
+        nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+        return {**found, **nowhere}
 
     def __call__(self, *arguments: str) -> str:
         process = self.start(*arguments)
@@ -82,17 +87,16 @@ def team(cluster: Target) -> Iterator[str]:
 
 
 def test_from_helm_install_to_helm_uninstall(
-    cluster: Target, images: ProjectImages, team: str, s3: S3Server, tmp_path: Path, say: Say
+    cluster: Target, images: ProjectImages, team: str, s3: S3, tmp_path: Path, say: Say
 ) -> None:
     release = Release(cluster)
     release.install(images)
     say("installed")
     try:
         assert len(release.pods()) == 2
-        s3.create_bucket(BUCKET)
         user = scenario.create_user(cluster.kubectl, team, s3, tmp_path)
         research(Laptop(tmp_path, user, s3, team), release, images, say)
-        release.save_logs(cluster.our_own().state.logs)
+        release.save_logs(cluster.logs)
         release.uninstall_chart()
         wait_for("all but the definition gone", lambda: not left_over(cluster), deadline_seconds=60)
         cluster.kubectl.run("get", DEFINITION)  # is kept, and with it every job
@@ -130,7 +134,7 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     assert "fault" not in states.values()
     assert {states[check] for check in ("api server", "resource definition", "rights")} == {"ok"}
     tempflow("init", "--preset", "digits", "--out", "job.yaml")
-    shorten(tempflow.folder / "job.yaml")
+    shorten(tempflow.folder / "job.yaml", tempflow.s3)
     told = tempflow("submit", "job.yaml", *in_team, *store)
     assert told == f"{tempflow.namespace}/digits: submitted; next: tempflow status digits\n"
     say("submitted")
@@ -142,7 +146,8 @@ def research(tempflow: Laptop, release: Release, images: ProjectImages, say: Say
     assert training(tempflow)
     release.kill(lost)  # and this neither
     assert training(tempflow)
-    say("upgraded and rolled back, and the leader killed")
+    ended = "killed" if release.cluster.own is not None else "deleted"
+    say(f"upgraded and rolled back, and the leader {ended}")
     followed = tempflow("logs", "digits", "--follow", *in_team)
     tempflow("wait", "digits", "--timeout", "5m", *in_team)
     say("finished")
@@ -248,7 +253,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def shorten(file: Path) -> None:
+def shorten(file: Path, s3: S3) -> None:
     """An editor's work: few epochs on two nodes, and the prompts in a file of their own."""
     raw = yaml.safe_load(file.read_text())
     spec = raw["spec"]
@@ -256,7 +261,7 @@ def shorten(file: Path) -> None:
     spec["data"]["promptsFile"] = "prompts.txt"
     spec["algorithm"].update(epochs=EPOCHS, seedsPerPrompt=1)
     spec["evaluation"] = {"everyEpochs": 100, "steps": 4, "prompts": 2, "imagesPerPrompt": 2}
-    spec["checkpoint"] = {"uri": f"s3://{BUCKET}/journey", "everyEpochs": 3}
+    spec["checkpoint"] = {"uri": s3.uri("journey"), "everyEpochs": 3}
     spec["compute"].update(nodes=2, processesPerNode=1, secretName=SECRET)
     file.write_text(yaml.safe_dump(raw))
 

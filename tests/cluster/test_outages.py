@@ -18,7 +18,8 @@ from tempflow_api.errors import ExitCode
 from tests.cluster.errors import ClusterError
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.layout import NODE_2
-from tests.cluster.s3 import S3Server
+from tests.cluster.s3 import S3
+from tests.cluster.s3_server import S3Server
 from tests.cluster.scenario import COMMIT_EVERY, LOST_NODE_SECONDS, Store, Submission, submit
 from tests.cluster.target import Target
 from tests.cluster.waiting import Say, wait_for
@@ -33,6 +34,8 @@ MEMORY = "1Gi"  # /dev/shm is granted beside it: 3 GiB are the limit
 # Takes the container's memory, in small processes: the kernel ends the largest first.
 _HOG = """
 import os, time
+for pid in pids:
+    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 for _ in range(48):
     if os.fork() == 0:
         break
@@ -62,14 +65,10 @@ class Queue:
 
 def run_out_of_memory(admin: Kubectl, job: Submission) -> None:
     """Something else in the container takes the memory that is left; the kernel ends the rank."""
-    rank = job.ranks()[1]
-    Path(f"/proc/{rank.pid}/oom_score_adj").write_text("1000")
-    host = rank.environ()["HOSTNAME"]  # the pod's name without its last word
-    (pod,) = [name for name in job.live_pods() if name.startswith(f"{host}-")]
-    where = ("exec", pod, "-n", job.namespace, "-c", naming.TRAINER_CONTAINER, "--")
+    pod = job.pod_of_rank(1)
     with suppress(ClusterError):  # it ends with the container
-        admin.run(*where, "/opt/tempflow/bin/python", "-c", _HOG)
-    wait_for("the end of the rank", lambda: not rank.is_running(), deadline_seconds=30)
+        job.run_beside(admin, 1, _HOG)
+    wait_for("the end of the rank", lambda: pod not in job.live_pods(), deadline_seconds=30)
 
 
 def in_mid_run(job: Submission, store: Store) -> None:
@@ -80,13 +79,12 @@ def in_mid_run(job: Submission, store: Store) -> None:
 
 @pytest.fixture(scope="module")
 def struck(
-    cluster: Target, user: Kubectl, team: str, s3: S3Server, store: Store, say: Say
+    cluster: Target, user: Kubectl, team: str, s3: S3, store: Store, say: Say
 ) -> Iterator[dict[str, Submission]]:
     """Three jobs, each struck by something that the others do not feel.
 
     One is started when the one before is struck: what follows overlaps.
     """
-    ours = cluster.our_own()
     starved = submit(user, team, s3, "starved", compute__memory=MEMORY)
     in_mid_run(starved, store)
     run_out_of_memory(cluster.kubectl, starved)
@@ -110,14 +108,17 @@ def struck(
     wait_for("the queued job's pods to go", lambda: not queued.live_pods(), deadline_seconds=120)
     queue.admit()
 
-    unwatched = submit(user, team, s3, "unwatched")
-    in_mid_run(unwatched, store)
-    ours.kill_apiserver()
-    time.sleep(API_OUTAGE_SECONDS)
-    ours.restart_apiserver()
-    say("API server restarted")
-    yield {job.name: job for job in (starved, queued, unwatched)}
-    for job in (starved, queued, unwatched):
+    jobs = [starved, queued]
+    if cluster.own is not None:
+        unwatched = submit(user, team, s3, "unwatched")
+        jobs.append(unwatched)
+        in_mid_run(unwatched, store)
+        cluster.own.kill_apiserver()
+        time.sleep(API_OUTAGE_SECONDS)
+        cluster.own.restart_apiserver()
+        say("API server restarted")
+    yield {job.name: job for job in jobs}
+    for job in jobs:
         job.delete()
 
 
@@ -134,8 +135,14 @@ def test_a_container_that_runs_out_of_memory(
 
 
 def test_the_api_server_is_restarted(
-    struck: dict[str, Submission], undisturbed: Witnessed, store: Store, tmp_path: Path
+    *,
+    struck: dict[str, Submission],
+    undisturbed: Witnessed,
+    store: Store,
+    cluster: Target,
+    tmp_path: Path,
 ) -> None:
+    cluster.our_own("an API server that it may kill")
     status = ends_as_if_nothing_had_happened(struck["unwatched"], undisturbed, store, tmp_path)
 
     assert [attempt.outcome for attempt in status.attempts] == ["Succeeded"]
@@ -153,9 +160,10 @@ def test_a_queue_takes_an_attempt_back_twice(
 
 
 def test_the_store_is_down_for_a_minute(
+    s3_server: S3Server,
     user: Kubectl,
     team: str,
-    s3: S3Server,
+    s3: S3,
     undisturbed: Witnessed,
     store: Store,
     say: Say,
@@ -163,11 +171,11 @@ def test_the_store_is_down_for_a_minute(
 ) -> None:
     job = submit(user, team, s3, "storeless")
     in_mid_run(job, store)
-    s3.kill()
+    s3_server.kill()
     try:
         time.sleep(OUTAGE_SECONDS)
     finally:
-        s3.start()
+        s3_server.start()
     say("store back")
 
     status = ends_as_if_nothing_had_happened(job, undisturbed, store, tmp_path)
@@ -183,13 +191,13 @@ def test_a_node_is_lost(
     cluster: Target,
     user: Kubectl,
     team: str,
-    s3: S3Server,
+    s3: S3,
     undisturbed: Witnessed,
     store: Store,
     say: Say,
     tmp_path: Path,
 ) -> None:
-    ours = cluster.our_own()
+    ours = cluster.our_own("a node that it may kill")
     job = submit(user, team, s3, "nodeless", runPolicy__terminationGracePeriodSeconds=GRACE_SECONDS)
     in_mid_run(job, store)
     lost = time.monotonic()

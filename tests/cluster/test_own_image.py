@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.project_images import BASE_IMAGE, ROOT, ProjectImages
+from tests.cluster.target import Target
 from tests.wheels import wheel
 
 pytestmark = pytest.mark.cluster
@@ -30,7 +31,8 @@ def buildah(*arguments: str) -> str:
 
 
 @pytest.fixture
-def container(images: ProjectImages, tmp_path: Path) -> Iterator[str]:
+def container(cluster: Target, images: ProjectImages, tmp_path: Path) -> Iterator[str]:
+    cluster.our_own("the image that was built here")
     page = (ROOT / "docs/rewards.md").read_text()
     shown = re.search(r"```dockerfile\n(FROM python.+?)```", page, re.S)
     assert shown, "the page shows no Dockerfile"

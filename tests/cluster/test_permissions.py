@@ -69,10 +69,10 @@ def test_nothing_is_asked_for_that_is_not_granted(bare_server: Bare) -> None:
 def test_the_operator_needs_each_of_its_permissions_and_no_other(
     request: pytest.FixtureRequest, cluster: Target, bare_server: Bare, started_at: datetime
 ) -> None:
+    audit_log = cluster.our_own("the API server's audit log").state.audit_log
     if not everything_is_selected(request):
         pytest.skip("shows something only after all the other tests of the cluster")
     request.getfixturevalue("release")
-    audit_log = cluster.our_own().state.audit_log
     asked = rbac.requests_of(scenario.OPERATOR_USER, audit_log, since=started_at)
     asked |= _asked_of(bare_server)
 

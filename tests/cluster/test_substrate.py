@@ -11,7 +11,8 @@ from tests.cluster.cluster import ensure_up
 from tests.cluster.kubectl import JsonObject
 from tests.cluster.layout import GPU_RESOURCE, GPUS_PER_NODE, NODE_2
 from tests.cluster.nodes import NODE_GRACE_SECONDS
-from tests.cluster.s3 import S3Server, request
+from tests.cluster.s3 import S3, request
+from tests.cluster.s3_server import S3Server
 from tests.cluster.target import Target
 from tests.cluster.waiting import Say, wait_for
 
@@ -113,10 +114,6 @@ def _meeting(image: str, namespace: str) -> tuple[JsonObject, JsonObject]:
     return service, job
 
 
-def _node_names(cluster: Target) -> list[str]:
-    return [node["metadata"]["name"] for node in cluster.kubectl.items("nodes")]
-
-
 def _ended(cluster: Target, namespace: str, pod: str) -> JsonObject:
     """The state in which the pod's container ended, once it has."""
 
@@ -142,7 +139,7 @@ def _scheduled(cluster: Target, namespace: str, pod: str) -> tuple[str, str]:
 
 
 def test_both_nodes_are_ready_and_offer_their_gpus(cluster: Target) -> None:
-    cluster.our_own()
+    cluster.our_own("the nodes that we start")
     nodes = cluster.kubectl.items("nodes")
 
     assert [node["metadata"]["name"] for node in nodes] == ["node-1", "node-2"]
@@ -152,7 +149,7 @@ def test_both_nodes_are_ready_and_offer_their_gpus(cluster: Target) -> None:
 
 
 def test_starting_a_running_cluster_changes_nothing(cluster: Target, say: Say) -> None:
-    ours = cluster.our_own()
+    ours = cluster.our_own("a cluster that we start")
     before = ours.state.ledger.read_bytes()
 
     _, started = ensure_up(ours.state, say)
@@ -162,7 +159,7 @@ def test_starting_a_running_cluster_changes_nothing(cluster: Target, say: Say) -
 
 
 def test_job_pods_on_two_nodes_meet_by_name(cluster: Target, namespace: str) -> None:
-    if len(_node_names(cluster)) < 2:
+    if len(cluster.node_names()) < 2:
         pytest.skip("the cluster has one node")
     cluster.kubectl.apply(*_meeting(cluster.busybox_image, namespace))
 
@@ -179,18 +176,15 @@ def test_job_pods_on_two_nodes_meet_by_name(cluster: Target, namespace: str) -> 
 
 
 def test_gpus_are_counted(cluster: Target, namespace: str) -> None:
-    offered = [
-        int(node["status"]["allocatable"].get(GPU_RESOURCE, "0"))
-        for node in cluster.kubectl.items("nodes")
-    ]
-    if max(offered) == 0:
+    offered = cluster.gpus_of_a_node()
+    if not offered:
         pytest.skip("no node of the cluster offers GPUs")
 
     def asking(name: str, gpus: int) -> JsonObject:
         container = _container(cluster.busybox_image, "true", {GPU_RESOURCE: str(gpus)})
         return _pod(name, namespace, container)
 
-    cluster.kubectl.apply(asking("fits", max(offered)), asking("too-many", max(offered) + 1))
+    cluster.kubectl.apply(asking("fits", offered), asking("too-many", offered + 1))
 
     assert _ended(cluster, namespace, "fits")["exitCode"] == 0
     status, why = _scheduled(cluster, namespace, "too-many")
@@ -204,19 +198,16 @@ def test_pods_on_each_node_reach_the_api_server_by_its_service(
     # A connection is enough: busybox has no cipher in common with the API server.
     script = "nc -w 5 kubernetes.default.svc.cluster.local 443 < /dev/null"
     container = _container(cluster.busybox_image, script)
-    names = _node_names(cluster)
+    names = cluster.node_names()
     cluster.kubectl.apply(*(_pod(f"on-{name}", namespace, container, name) for name in names))
 
     for name in names:
         assert _ended(cluster, namespace, f"on-{name}")["exitCode"] == 0
 
 
-def test_pods_reach_s3_and_it_checks_signatures(
-    cluster: Target, namespace: str, s3: S3Server
-) -> None:
-    s3.create_bucket("substrate")
-    assert request("PUT", s3.presigned_url("PUT", "/substrate/key"), b"from the store")[0] == 200
-    url = s3.presigned_url("GET", "/substrate/key")
+def test_pods_reach_s3_and_it_checks_signatures(cluster: Target, namespace: str, s3: S3) -> None:
+    assert s3.put("substrate", b"from the store")[0] == 200
+    url = s3.presigned_url("get_object", "substrate")
     container = _container(cluster.busybox_image, f"timeout 10 wget -q -O - '{url}'")
     cluster.kubectl.apply(_pod("reader", namespace, container))
 
@@ -224,18 +215,18 @@ def test_pods_reach_s3_and_it_checks_signatures(
     assert cluster.kubectl.run("logs", "reader", "-n", namespace) == "from the store"
     forged = url[:-4] + ("0000" if url[-4:] != "0000" else "1111")
     assert request("GET", forged, None)[0] == 403
-    assert request("GET", f"{s3.endpoint}/substrate/key", None)[0] == 403
+    assert request("GET", url.partition("?")[0], None)[0] == 403
 
 
-def test_data_in_s3_outlives_a_crash_of_the_server(s3: S3Server) -> None:
-    s3.create_bucket("crash")
-    assert request("PUT", s3.presigned_url("PUT", "/crash/key"), b"kept")[0] == 200
+def test_data_in_s3_outlives_a_crash_of_the_server(s3_server: S3Server) -> None:
+    s3 = s3_server.store
+    assert s3.put("crash", b"kept")[0] == 200
 
-    s3.kill()
-    assert request("GET", s3.presigned_url("GET", "/crash/key"), None)[0] == 0
-    s3.start()
+    s3_server.kill()
+    assert s3.get("crash")[0] == 0
+    s3_server.start()
 
-    assert request("GET", s3.presigned_url("GET", "/crash/key"), None) == (200, b"kept")
+    assert s3.get("crash") == (200, b"kept")
 
 
 def test_memory_limit_ends_in_oom_kill(cluster: Target, namespace: str) -> None:
@@ -250,7 +241,7 @@ def test_memory_limit_ends_in_oom_kill(cluster: Target, namespace: str) -> None:
 def test_image_from_a_dockerfile_runs_on_both_nodes(
     cluster: Target, namespace: str, tmp_path: Path
 ) -> None:
-    ours = cluster.our_own()
+    ours = cluster.our_own("nodes into which it may import an image")
     tag = "localhost/tempflow-test/built:1"
     context, archive = tmp_path / "context", tmp_path / "built.tar"
     context.mkdir()
@@ -262,7 +253,7 @@ def test_image_from_a_dockerfile_runs_on_both_nodes(
     ours.load_image(archive)
 
     container = _container(tag, "cat /greeting")
-    names = _node_names(cluster)
+    names = cluster.node_names()
     cluster.kubectl.apply(*(_pod(f"on-{name}", namespace, container, name) for name in names))
     for name in names:
         assert _ended(cluster, namespace, f"on-{name}")["exitCode"] == 0
@@ -270,7 +261,7 @@ def test_image_from_a_dockerfile_runs_on_both_nodes(
 
 
 def test_audit_log_says_who_did_what(cluster: Target, namespace: str) -> None:
-    audit_log = cluster.our_own().state.audit_log
+    audit_log = cluster.our_own("the API server's audit log").state.audit_log
 
     created = [
         entry["user"]["username"]
@@ -284,7 +275,7 @@ def test_audit_log_says_who_did_what(cluster: Target, namespace: str) -> None:
 
 
 def test_node_that_dies_is_not_ready_until_it_is_back(cluster: Target, namespace: str) -> None:
-    ours = cluster.our_own()
+    ours = cluster.our_own("a node that it may kill")
     container = _container(cluster.busybox_image, "exec sleep 3600")
     cluster.kubectl.apply(_pod("victim", namespace, container, NODE_2.name))
     cluster.kubectl.wait_condition(
