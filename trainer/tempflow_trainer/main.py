@@ -360,7 +360,7 @@ def main() -> int:
     tail = _begin_log(rank)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # launch.py turns it into SIGTERM, once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # gang.py turns it into SIGTERM, once
     _keep(f"rank-{rank}.began", "")
     code, message = ExitCode.DONE, ""
     try:
