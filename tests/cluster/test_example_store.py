@@ -43,7 +43,7 @@ def image(cluster: Target, tmp_path: Path, say: Say) -> str:
     shutil.copy(build.seaweedfs(say), context / "weed")
     images.build_image(context, IMAGE, archive)
     images.remove_image(IMAGE)
-    cluster.our_own().load_image(archive)
+    cluster.our_own("nodes that an image can be brought to").load_image(archive)
     archive.unlink()
     return IMAGE
 
@@ -82,7 +82,8 @@ def shell(cluster: Target, tmp_path: Path, image: str, volume: str, keys: Keys) 
     restricted one."""
     assert volume
     manifest = (ROOT / "examples/cluster/s3-server.yaml").read_text()
-    for word, own in zip(("IMAGE", "ACCESS_KEY", "SECRET_KEY"), (image, *keys), strict=True):
+    own_words = {"IMAGE": image, "ACCESS_KEY": keys.access_key, "SECRET_KEY": keys.secret_key}
+    for word, own in own_words.items():
         manifest = re.sub(rf"\b{word}\b", own, manifest)
     (tmp_path / "s3-server.yaml").write_text(manifest)
     environment = of_this_environment() | cluster.kubectl.environment()
@@ -100,12 +101,11 @@ def shell(cluster: Target, tmp_path: Path, image: str, volume: str, keys: Keys) 
 
 def client(endpoint: str, keys: Keys) -> Any:
     plain = Config(signature_version="s3v4", s3={"addressing_style": "path"}, proxies={})
-    access, secret = keys
     return boto3.client(
         *("s3", "us-east-1"),
         endpoint_url=endpoint,
-        aws_access_key_id=access,
-        aws_secret_access_key=secret,
+        aws_access_key_id=keys.access_key,
+        aws_secret_access_key=keys.secret_key,
         config=plain,
     )
 
