@@ -45,14 +45,6 @@ RUN --mount=type=secret,id=ca_bundle \
 # Which GPUs a container sees is the cluster's decision, so NVIDIA_VISIBLE_DEVICES is not set.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# Of what our code requires only what the server of a reward imports.
-FROM base AS reward-dependencies
-COPY tools/reward_images /usr/share/tempflow/reward_images
-ARG REWARD
-RUN --mount=type=secret,id=ca_bundle \
-    cd /usr/share/tempflow && ./install_locked.sh /opt/tempflow "reward_images/$REWARD.lock"
-ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
-
 FROM operator-dependencies AS operator
 COPY --from=code /code /opt/tempflow
 USER 65532:65532
@@ -76,6 +68,14 @@ LABEL org.opencontainers.image.title="tempflow-trainer" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+
+# Of what our code requires only what the server of a reward imports.
+FROM base AS reward-dependencies
+COPY tools/reward_images /usr/share/tempflow/reward_images
+ARG REWARD
+RUN --mount=type=secret,id=ca_bundle \
+    cd /usr/share/tempflow && ./install_locked.sh /opt/tempflow "reward_images/$REWARD.lock"
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 FROM reward-dependencies AS reward
 COPY --from=code /code /opt/tempflow

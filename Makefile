@@ -47,8 +47,9 @@ test-gpu: setup ## One real step of every family on a GPU; fails without one
 mutants: setup ## Mistakes in the mathematics, one at a time: each has its test, which must fail
 	$(RUN) -m tests.numerics.mutants "$(NAME)"
 
+# Three side by side on two cores: half of their time is waiting.
 test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
-	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests/faults
+	$(RUN) tests/budget.py --name faults --minutes 10 -- $(RUN) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m faults tests/faults
 
 test-rewards: setup ## Rewards with packages of their own, each in the environment of its image
 	$(RUN) tests/packages/environment.py

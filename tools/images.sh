@@ -21,7 +21,7 @@ root=$(cd "$here/.." && pwd)
 . "$here/container_tool.sh"
 
 usage() {
-    sed -n '4,5s/^#  *//p' "$0" >&2
+    sed -n '4,7s/^# *//p' "$0" >&2
     exit 2
 }
 

@@ -37,13 +37,14 @@ STRICT = "pod-security.kubernetes.io/enforce=restricted"
 @pytest.fixture
 def image(cluster: Target, tmp_path: Path, say: Say) -> str:
     """SeaweedFS and nothing else, on the nodes."""
+    ours = cluster.our_own("nodes that an image can be brought to")
     context, archive = tmp_path / "context", tmp_path / "seaweedfs.tar"
     context.mkdir()
     (context / "Dockerfile").write_text(DOCKERFILE)
     shutil.copy(build.seaweedfs(say), context / "weed")
     images.build_image(context, IMAGE, archive)
     images.remove_image(IMAGE)
-    cluster.our_own("nodes that an image can be brought to").load_image(archive)
+    ours.load_image(archive)
     archive.unlink()
     return IMAGE
 

@@ -59,13 +59,13 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def desk(binaries: Path, say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("desk")
     (folder / "charts").symlink_to(ROOT / "charts")
     shutil.copy(ROOT / "examples/cluster/s3-server.yaml", folder)
     tools = build.kubectl_and_helm(say)
     with bare.running(
-        build.binaries(say),
+        binaries,
         tools / "kubectl",
         tmp_path_factory.mktemp("bare"),
         controllers="namespace-controller,garbage-collector-controller",

@@ -65,8 +65,10 @@ ELSEWHERE = {
         for verb in ("list", "show", "verify", "pin", "prune")
     },
 }
-# The only commands that no test runs, whole, and what they want that no test has. They are of
-# recipes for published models, and stand on that page alone.
+# These type what such commands a page has, whatever they are, so they name the pages.
+WHOLE_PAGES = (_TYPED, _INSTALLING)
+# The only commands that no test runs, whole, and what they want that no test can afford. They are
+# of recipes for published models, and stand on that page alone.
 RECIPES = "docs/recipes.md"
 NEEDS_HARDWARE = {
     "python -m tempflow_trainer.rewards.serve pickscore --device cuda --host 0.0.0.0 --port 8090": (

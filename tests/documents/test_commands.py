@@ -18,6 +18,7 @@ from tests.documents.pages import (
     RECIPES,
     ROOT,
     TYPED_HERE,
+    WHOLE_PAGES,
     commands,
     elsewhere,
     other_lines,
@@ -49,6 +50,13 @@ def test_the_list_has_nothing_that_no_page_shows() -> None:
     for start, file in ELSEWHERE.items():
         assert any(command.startswith(start) for command in shown), start
         assert (ROOT / file).exists(), file
+
+
+def test_who_types_whole_pages_names_them() -> None:
+    for page in PAGES:
+        name = str(page.relative_to(ROOT))
+        for file in {elsewhere(command) for command in commands(page)} & set(WHOLE_PAGES):
+            assert f'"{name}"' in (ROOT / str(file)).read_text(), (name, file)
 
 
 def test_what_ci_makes_is_what_pages_have_made() -> None:

@@ -10,7 +10,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tempflow_api.errors import ExitCode
-from tests.faults.s3_proxy import Proxy, proxy
+from tests.faults.held_writer import requests_of_a_save
+from tests.faults.s3_proxy import Proxy, Seen, proxy
 from tests.faults.seaweedfs import seaweedfs
 from tests.faults.trainer_run import Run, finish
 
@@ -93,3 +94,11 @@ def undisturbed(moto: Proxy, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     found = run.result()
     assert {f"epoch-{epoch:06d}.png" for epoch in (0, 2, 4)} < found.keys()
     return found
+
+
+@pytest.fixture(scope="session")
+def save(moto: Proxy, tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """The requests of one undisturbed save."""
+    moto.clear()
+    uri = "s3://runs/undisturbed"
+    return requests_of_a_save(moto, uri, tmp_path_factory.mktemp("undisturbed"))

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from tempflow_trainer.score import read_picture
 from tests.packages import environment
 from tests.unit.trainer.reward_servers import remote
 
+START_SECONDS = 180
 LONG = "a {red} dog " + "of many words " * 60
 ASKED = (
     # Larger and smaller than what the models take, wide and high; the second makes a batch ragged.
@@ -83,14 +85,16 @@ def served(name: str, folder: Path, *options: str) -> Iterator[str]:
 
 
 def _address(server: subprocess.Popen[bytes], log: Path) -> str:
-    while True:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
         if found := re.search(r"serves \S+ at (http://\S+)", log.read_text()):
             return found[1]
         try:
             server.wait(0.2)
         except subprocess.TimeoutExpired:
             continue
-        raise AssertionError(f"the server ended: {log.read_text()[-4000:]}")
+        break
+    raise AssertionError(f"the server does not serve: {log.read_text()[-4000:]}")
 
 
 def scores(name: str, url: str, asked: Sequence[tuple[str, str]]) -> Tensor:

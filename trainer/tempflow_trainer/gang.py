@@ -40,6 +40,7 @@ TERMINATION_LOG = Path("/dev/termination-log")
 SHUTDOWN_RESERVE_SECONDS = 10
 # For torchrun, when its ranks have ended on request: it was seen to live on for minutes.
 LINGER_SECONDS = 30.0
+NOTHING_DONE = "stopped while it was starting: nothing had been done"
 # A file of each rank that catches SIGTERM.
 BEGAN = "rank-*.began"
 
@@ -148,6 +149,8 @@ def run(environment: Mapping[str, str], requests: Sequence[float]) -> tuple[int,
     results = _emptied(work / "ranks")
     rendezvous = Rendezvous.of(job, environment)
     environment = _with_packages(job.spec, work, environment)
+    if requests:
+        return ExitCode.PREEMPTED, NOTHING_DONE
     child = subprocess.Popen(rendezvous.command(), env=_child_environment(job, environment))
     files = _result_files(results, rendezvous)
     status = _wait(child, requests, lambda: all(file.exists() for file in files.values()))
@@ -181,7 +184,7 @@ def stopped(message: str, seconds: float, most: float, *, began: bool) -> tuple[
             none does anything.
     """
     if not began:
-        return ExitCode.PREEMPTED, "stopped while it was starting: nothing had been done"
+        return ExitCode.PREEMPTED, NOTHING_DONE
     if seconds >= most:
         return NOT_IN_TIME, (
             f"killed before it could stop, {seconds:.0f} s after it was asked to; the run "

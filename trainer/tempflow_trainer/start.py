@@ -4,9 +4,11 @@
 torch, transformers and diffusers make a million objects that live as long as their process.
 Python's collector would look them through again and again while they are made, and the interpreter
 would take them apart one by one at the end: together three of the eight seconds of a process that
-only imports them. So collecting begins when all is imported, and the end is left to the system.
+only imports them. So collecting begins when all is imported, and the end is left to the system, but
+for what was registered for it.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -25,9 +27,12 @@ def main() -> None:
     gc.freeze()
     gc.enable()
     code = run() or 0
-    sys.stdout.flush()  # raises where it cannot, a full disk for one: output must not get lost
-    with contextlib.suppress(OSError):  # nowhere is left to say it
-        sys.stderr.flush()
+    atexit._run_exitfuncs()  # temporary folders, clients and children, of rewards' packages too
+    if sys.stdout:  # none where the caller has closed it
+        sys.stdout.flush()  # raises where it cannot, a full disk for one: output must not get lost
+    if sys.stderr:
+        with contextlib.suppress(OSError):  # nowhere is left to say it
+            sys.stderr.flush()
     os._exit(code)
 
 

@@ -11,7 +11,7 @@ import pytest
 from tempflow_api import naming
 
 PROGRAM = """
-import sys, threading, time
+import atexit, sys, tempfile, threading, time, weakref
 
 def main():
     sys.stdout.write(" ".join(sys.argv[1:]))
@@ -45,6 +45,21 @@ def test_its_exit_code_and_output(tmp_path: Path, body: str, code: int) -> None:
 
 def test_what_still_runs_beside_it_does_not_keep_it(tmp_path: Path) -> None:
     assert run(tmp_path, "threading.Thread(target=time.sleep, args=(60,)).start()").returncode == 0
+
+
+def test_what_was_registered_for_the_end_is_done(tmp_path: Path) -> None:
+    body = "atexit.register(print, '', 'bye'); global kept; kept = tempfile.TemporaryDirectory()"
+    done = run(tmp_path, f"{body}; sys.stdout.write(' ' + kept.name)")
+    _, _, _, folder, last = done.stdout.split()
+    assert (done.returncode, last) == (0, "bye")
+    assert not Path(folder).exists()
+
+
+def test_a_caller_without_an_output_gets_the_code(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("def main():\n    return 3\n")
+    command = f"{sys.executable} -m {naming.START_MODULE} program >&- 2>&-"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    assert subprocess.run(["sh", "-c", command], env=environment, check=False).returncode == 3
 
 
 def test_output_that_cannot_be_written_is_no_success(tmp_path: Path) -> None:
