@@ -39,7 +39,7 @@ def requests_of(user: str, audit_log: Path, *, since: datetime) -> Asked:
     by_decision: dict[str, set[Permission]] = {"allow": set(), "forbid": set()}
     for request in requests_in(audit_log):
         about = request.get("objectRef")
-        if request["user"]["username"] != user or about is None:
+        if request["user"].get("username") != user or about is None:
             continue
         if datetime.fromisoformat(request["requestReceivedTimestamp"]) < since:
             continue

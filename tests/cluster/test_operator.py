@@ -112,7 +112,7 @@ def status_writes(audit_log: Path, job: Submission) -> int:
     about = {"resource": naming.PLURAL, "namespace": job.namespace, "name": job.name}
     about["subresource"] = "status"
     return sum(
-        request["user"]["username"] == scenario.OPERATOR_USER
+        request["user"].get("username") == scenario.OPERATOR_USER
         and request["verb"] == "patch"
         and about.items() <= request.get("objectRef", {}).items()
         for request in requests_in(audit_log)
