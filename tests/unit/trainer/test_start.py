@@ -11,7 +11,7 @@ import pytest
 from tempflow_api import naming
 
 PROGRAM = """
-import atexit, sys, tempfile, threading, time, weakref
+import atexit, sys, tempfile, threading, time
 
 def main():
     sys.stdout.write(" ".join(sys.argv[1:]))
