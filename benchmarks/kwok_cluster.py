@@ -1,10 +1,11 @@
 """A real control plane whose nodes KWOK plays: pods are scheduled and run, without containers.
 
 etcd, API server, controller-manager with all its controllers, and scheduler are those of the test
-cluster; KWOK (https://kwok.sigs.k8s.io) is built from its Go module. All of it listens on loopback,
-and so do the addresses of the pods.
+cluster; KWOK (https://kwok.sigs.k8s.io) is built from its Go module. All of it, with the addresses
+of the pods, is in a network of its own, from which nothing goes out.
 """
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
@@ -31,15 +32,21 @@ _STAGES = (
     "pod/fast/pod-ready",
     "pod/fast/pod-delete",
 )
-# Of the pods: loopback, so that whoever asks a pod for something asks this machine.
-_POD_ADDRESSES = "127.64.0.1/12"
+# Of the pods, from the range kept for benchmarks (RFC 2544), and not of loopback: the API server
+# refuses endpoints that have such addresses, and the controllers try again for ever.
+_FIRST_POD, _PODS = "198.18.0.1", "198.18.0.0/15"
+_CLONE_NEWNET = 0x40000000
 
 
 @contextmanager
 def running(folder: Path, say: Say) -> Iterator[Bare]:
-    """Start one with ``NODES`` ready nodes and the project's resource definition, and end it."""
+    """Start one with ``NODES`` ready nodes and the project's resource definition, and end it.
+
+    This process has a network of its own from then on.
+    """
     binaries, kubectl = build.binaries(say), build.kubectl_and_helm(say) / "kubectl"
     kwok = build.program(_PROGRAM, say)
+    _leave_network()
     with bare.running(
         binaries, kubectl, folder, controllers="*", requests_a_second=REQUESTS_A_SECOND
     ) as server:
@@ -54,7 +61,7 @@ def running(folder: Path, say: Say) -> Iterator[Bare]:
             ],
             "kwok": [
                 *(str(kwok), f"--kubeconfig={kubeconfig}", "--manage-all-nodes=true"),
-                *(f"--cidr={_POD_ADDRESSES}", f"--node-ip={LOOPBACK}"),
+                *(f"--cidr={_FIRST_POD}/15", f"--node-ip={LOOPBACK}"),
                 *(f"--config={_stages(folder)}", "--node-lease-duration-seconds=40"),
             ],
         }
@@ -67,6 +74,24 @@ def running(folder: Path, say: Say) -> Iterator[Bare]:
             for process in processes:
                 process.kill()
                 process.wait()
+
+
+def _leave_network() -> None:
+    """Needs root, and to be the only thread of this process: the others would stay behind."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "no network of its own")
+    for words in (
+        ("link", "set", "lo", "up"),
+        # Whoever asks a pod for something asks this machine.
+        ("route", "add", "local", _PODS, "dev", "lo"),
+        # The API server looks for the address of a way out, and finds one that ends here.
+        ("link", "add", "nowhere", "type", "bridge"),
+        ("address", "add", "192.0.2.1/24", "dev", "nowhere"),
+        ("link", "set", "nowhere", "up"),
+        ("route", "add", "default", "dev", "nowhere"),
+    ):
+        subprocess.run(["ip", *words], check=True)
 
 
 def _start(name: str, command: list[str], folder: Path) -> "subprocess.Popen[bytes]":

@@ -28,7 +28,7 @@ class RanksZero:
         await self._runner.setup()
 
     async def serve(self, address: str, run_id: str) -> None:
-        """From now on, first attempt of ``run_id`` answers at that address of loopback."""
+        """From now on, first attempt of ``run_id`` answers at that address."""
         self._runs[address] = run_id
         if address not in self._sites:
             site = self._sites[address] = web.TCPSite(self._runner, address, PROGRESS_PORT)

@@ -238,6 +238,13 @@ def starts_servers(raw: Raw) -> bool:
     return any(reward.get("placement") == "service" for reward in rewards)
 
 
+def may_have_policy(raw: Raw) -> bool:
+    """Whether an attempt of the job can have a NetworkPolicy: it asks for one, or its spec has
+    changed, and may have asked before."""
+    network = raw.get("spec", {}).get("compute", {}).get("network", {})
+    return network.get("policy") is not False or raw["metadata"].get("generation", 0) > 1
+
+
 def training_job(raw: Raw) -> TrainingJob:
     """The custom resource, validated with the classes that made its schema."""
     metadata = raw["metadata"]

@@ -4,7 +4,13 @@ import pytest
 
 from tempflow_operator.decisions import instants
 from tempflow_operator.decisions.adoption import controller_uid, owned_by
-from tempflow_operator.decisions.observed import Key, Why, snapshot, training_job
+from tempflow_operator.decisions.observed import (
+    Key,
+    Why,
+    may_have_policy,
+    snapshot,
+    training_job,
+)
 from tests.builders import T0, UID, at, make_gang, make_job, make_part, make_pod, owner, seen
 
 
@@ -33,6 +39,15 @@ class TestTrainingJob:
 
     def test_a_spoilt_status_is_none(self) -> None:
         assert training_job(make_job().with_status({"attempt": -1}).build()).status.attempt == 0
+
+    def test_a_policy_is_looked_for_where_one_was_ever_asked_for(self) -> None:
+        never = make_job().spec("compute.network", {"policy": False}).build()
+        assert not may_have_policy(never)
+        assert may_have_policy(make_job().spec("compute.network", {"policy": True}).build())
+        stored_before_there_was_one = make_job().spec("compute.network", {}).build()
+        assert may_have_policy(stored_before_there_was_one)
+        never["metadata"]["generation"] = 2
+        assert may_have_policy(never)
 
     def test_a_key_in_words(self) -> None:
         assert str(Key("team", "demo")) == "team/demo"
