@@ -65,6 +65,8 @@ class Progress(Observed):
     epoch: Count
     """Epochs completed."""
     epochs: Count
+    step: Count = 0
+    """Updates of the weights so far, over all epochs."""
     phase: Literal[
         "starting",
         "self-test",

@@ -117,7 +117,10 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
                 )
                 for part in parts
             ]
-        steps = [update(run, part, conditioning) for part in parts]
+    steps = []
+    for part in parts:
+        with run.clock("update"):  # a phase each, so that whoever watches hears of every step
+            steps.append(update(run, part, conditioning))
     kept = combined.rewards_GSK[combined.kept_GS]
     return {
         "reward": float(kept.mean()),

@@ -472,6 +472,7 @@ class Session:
             {
                 "epoch": self.epochs_done,
                 "epochs": epochs,
+                "step": self.run.updates_done,
                 "phase": phase,
                 "attempt": self.checkpoints.attempt,
                 "incarnation": ledger.newest.incarnation if ledger else 0,

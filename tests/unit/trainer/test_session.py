@@ -43,7 +43,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_a_run_records_its_epochs_evaluations_and_checkpoints(tmp_path: Path) -> None:
     told: list[Progress] = []
-    session_of(spec(), tmp_path, announce=told.append).train()
+    job = spec({"algorithm.updatesPerEpoch": 2})
+    session_of(job, tmp_path, announce=told.append).train()
     assert epochs(tmp_path, layout.METRICS) == [1, 2, 3, 4]
     assert epochs(tmp_path, layout.EVALUATIONS) == [0, 2, 4]
     for row in rows(tmp_path, layout.EVALUATIONS):
@@ -61,6 +62,8 @@ def test_a_run_records_its_epochs_evaluations_and_checkpoints(tmp_path: Path) ->
         "checkpoint",
         "done",
     }
+    assert [p.step for p in told] == sorted(p.step for p in told)
+    assert {p.step for p in told} == set(range(4 * 2 + 1))  # each is told of
     assert told[-1].phase == "done"
     assert {(p.attempt, p.incarnation, p.failed_saves) for p in told} == {(0, 1, 0)}
     assert told[-1].checkpoint_epoch == 4
