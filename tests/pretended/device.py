@@ -132,10 +132,12 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         """There is one generator, the processor's."""
 
-    def get_rng_state(self) -> torch.Tensor:
+    def get_rng_state(self, device: object = None) -> torch.Tensor:
+        del device
         return torch.get_rng_state()
 
-    def set_rng_state(self, state: torch.Tensor) -> None:
+    def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
+        del device
         torch.set_rng_state(state)
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
