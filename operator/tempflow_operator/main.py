@@ -107,8 +107,10 @@ class Operator:
         self._metrics.events.labels(kind).inc()
         self._proof.saw(kind, namespace, version)
         if job:
-            settle = 0.0 if kind == naming.PLURAL else self._settings.queue.settle
-            self._workers.add(Key(namespace, job), delay=settle)
+            # What somebody wants of a job comes before what its pods do.
+            wanted = kind == naming.PLURAL
+            settle = 0.0 if wanted else self._settings.queue.settle
+            self._workers.add(Key(namespace, job), delay=settle, urgent=wanted)
 
     async def _resync(self) -> None:
         """Lists all jobs now and then: repairs what lost events broke."""

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 class _Entry:
     due: float | None = None
     """When the next pass is due; None when none is."""
+    urgent: bool = False
+    """Whether that pass goes before all that are not."""
     running_since: float | None = None
     not_before: float = 0.0
     errors: int = 0
@@ -33,27 +35,37 @@ class Schedule:
     settings: Queue
     random: Random = field(default_factory=Random)
     _entries: dict[Key, _Entry] = field(default_factory=dict)
-    _heap: list[tuple[float, Key]] = field(default_factory=list)
-    """Entries whose time differs from the key's own are stale and skipped."""
+    _heaps: dict[bool, list[tuple[float, Key]]] = field(
+        default_factory=lambda: {True: [], False: []}
+    )
+    """The urgent ones, and the others. What differs from the key's own entry is stale, and is
+    skipped."""
 
-    def add(self, key: Key, now: float, *, delay: float = 0.0) -> None:
+    def add(self, key: Key, now: float, *, delay: float = 0.0, urgent: bool = False) -> None:
         """Have a pass after ``delay``, unless an earlier one is due already."""
         entry = self._entries.setdefault(key, _Entry())
         due = max(now + delay, entry.not_before)
-        if entry.due is None or due < entry.due:
-            entry.due = due
-            if entry.running_since is None:
-                heapq.heappush(self._heap, (due, key))
+        known = (entry.due, entry.urgent)
+        entry.due = due if entry.due is None else min(due, entry.due)
+        entry.urgent = entry.urgent or urgent
+        if (entry.due, entry.urgent) != known and entry.running_since is None:
+            self._push(key, entry)
+
+    def _push(self, key: Key, entry: _Entry) -> None:
+        if entry.due is not None:
+            heapq.heappush(self._heaps[entry.urgent], (entry.due, key))
 
     def take(self, now: float) -> Key | None:
         """A key whose pass is due; it is not given out again until it is returned."""
-        while self._heap and self._heap[0][0] <= now:
-            due, key = heapq.heappop(self._heap)
-            entry = self._entries.get(key)
-            if entry is None or entry.due != due or entry.running_since is not None:
-                continue
-            entry.due, entry.running_since = None, now
-            return key
+        for urgent, heap in self._heaps.items():
+            while heap and heap[0][0] <= now:
+                due, key = heapq.heappop(heap)
+                entry = self._entries.get(key)
+                if entry is None or (entry.due, entry.urgent) != (due, urgent):
+                    continue
+                if entry.running_since is None:
+                    entry.due, entry.urgent, entry.running_since = None, False, now
+                    return key
         return None
 
     def done(self, key: Key, now: float, *, again_in: float | None) -> None:
@@ -72,7 +84,7 @@ class Schedule:
         steady = self.settings.retry_delay * 2.0 ** min(entry.errors, 32)
         delay = min(steady, self.settings.retry_delay_limit) * self.random.uniform(0.8, 1.2)
         entry.errors += 1
-        entry.due, entry.not_before = None, now + delay
+        entry.due, entry.urgent, entry.not_before = None, False, now + delay
         self.add(key, now, delay=delay)
         return delay
 
@@ -82,12 +94,12 @@ class Schedule:
         entry.not_before = now + self.settings.gap
         if entry.due is not None:
             entry.due = max(entry.due, entry.not_before)
-            heapq.heappush(self._heap, (entry.due, key))
+            self._push(key, entry)
         return entry
 
     def next_due(self) -> float | None:
         """When ``take`` has something to give at the earliest."""
-        return self._heap[0][0] if self._heap else None
+        return min((heap[0][0] for heap in self._heaps.values() if heap), default=None)
 
     def depth(self, now: float) -> int:
         """Keys that are due or in work."""
@@ -129,9 +141,9 @@ class Workers:
         self._on_error = on_error
         self._changed = asyncio.Event()
 
-    def add(self, key: Key, *, delay: float = 0.0) -> None:
+    def add(self, key: Key, *, delay: float = 0.0, urgent: bool = False) -> None:
         """Ask for a pass after ``delay`` seconds."""
-        self.schedule.add(key, self._clock(), delay=delay)
+        self.schedule.add(key, self._clock(), delay=delay, urgent=urgent)
         self._changed.set()
 
     async def run(self) -> None:

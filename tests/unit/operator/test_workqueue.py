@@ -54,6 +54,24 @@ class TestSchedule:
         queue.add(A, 1)
         assert (queue.take(2), queue.take(2)) == (B, A)
 
+    def test_what_is_urgent_goes_first_whenever_it_came(self) -> None:
+        queue = schedule()
+        queue.add(A, 0)
+        queue.add(B, 1)
+        queue.add(B, 2, urgent=True)
+        assert queue.take(2) == B
+        queue.add(B, 3)  # in work, and only as urgent as before
+        queue.done(B, 3, again_in=None)
+        assert (queue.take(3), queue.take(3), queue.take(3)) == (A, B, None)
+
+    def test_what_is_urgent_and_not_due_holds_nothing_up(self) -> None:
+        queue = schedule()
+        queue.add(A, 0, delay=10, urgent=True)
+        queue.add(B, 0, delay=5)
+        assert queue.next_due() == 5
+        assert queue.take(5) == B
+        assert (queue.take(9.9), queue.take(10)) == (None, A)
+
     def test_a_pass_asks_for_another(self) -> None:
         queue = schedule()
         queue.add(A, 0)
@@ -130,9 +148,9 @@ class TestSchedule:
             queue.take(0)
             queue.done(key, 0, again_in=None)
         assert queue._entries == {}
-        assert queue._heap == []
+        assert queue._heaps == {True: [], False: []}
 
-    @given(st.lists(st.tuples(st.sampled_from("atdf"), st.integers(0, 3), st.floats(0, 9))))
+    @given(st.lists(st.tuples(st.sampled_from("autdf"), st.integers(0, 3), st.floats(0, 9))))
     def test_no_history_loses_a_key_or_gives_it_to_two(
         self, steps: list[tuple[str, int, float]]
     ) -> None:
@@ -142,8 +160,8 @@ class TestSchedule:
         for step, number, seconds in steps:
             now += seconds
             key = Key("team", str(number))
-            if step == "a":
-                queue.add(key, now)
+            if step in "au":
+                queue.add(key, now, urgent=step == "u")
                 wanted.add(key)
             elif step == "t":
                 taken = queue.take(now)
