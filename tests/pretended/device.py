@@ -16,15 +16,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "pretended"
 
 _aten = torch.ops.aten
-# What moves values between devices, and indices, which a GPU takes from the processor as well.
-_MAY_MIX = (
-    _aten._to_copy,
-    _aten.copy_,
-    _aten.index,
-    _aten.index_put,
-    _aten.index_put_,
-    _aten._index_put_impl_,
-)
+_MOVES = (_aten._to_copy, _aten.copy_)
+# Their second argument are the indices, which a GPU takes from the processor as well.
+_INDEXES = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_)
 # Views with a mark that only a layer above this one reads.
 _FOR_MARKS = {
     _aten._conj.default: _aten._conj_physical.default,
@@ -70,12 +64,11 @@ class _There(torch.Tensor):
 
 def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """On the processor; what is new is on the device, unless it was asked for elsewhere."""
+    if operation.overloadpacket not in _MOVES:
+        indexes = operation.overloadpacket in _INDEXES and isinstance(args[0], _There)
+        _require_one_device(operation, (args[0], *args[2:]) if indexes else (args, kwargs))
     given, shape = trees.tree_flatten((args, kwargs))
-    here = [x for x in given if _is_tensor(x) and not isinstance(x, _There) and x.ndim > 0]
-    there = [x for x in given if isinstance(x, _There)]
-    if here and there and operation.overloadpacket not in _MAY_MIX:
-        raise Mixed(f"{operation}: {[tuple(x.shape) for x in here]} are not on {NAME}:0")
-    known = {id(x.held): x for x in there}
+    known = {id(x.held): x for x in given if isinstance(x, _There)}
     asked_for = next((x for x in given if isinstance(x, torch.device)), None)
     elsewhere = asked_for is not None and asked_for.type != NAME
 
@@ -86,6 +79,14 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
 
     args, kwargs = trees.tree_unflatten([_on_processor(x) for x in given], shape)
     return trees.tree_map(came_from, _FOR_MARKS.get(operation, operation)(*args, **kwargs))
+
+
+def _require_one_device(operation: Any, arguments: Any) -> None:
+    """Numbers without a dimension go anywhere."""
+    given = [x for x in trees.tree_leaves(arguments) if _is_tensor(x)]
+    here = [x for x in given if not isinstance(x, _There) and x.ndim > 0]
+    if here and any(isinstance(x, _There) for x in given):
+        raise Mixed(f"{operation}: {[tuple(x.shape) for x in here]} are not on {NAME}:0")
 
 
 def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:
