@@ -84,7 +84,7 @@ class Schedule:
         steady = self.settings.retry_delay * 2.0 ** min(entry.errors, 32)
         delay = min(steady, self.settings.retry_delay_limit) * self.random.uniform(0.8, 1.2)
         entry.errors += 1
-        entry.due, entry.urgent, entry.not_before = None, False, now + delay
+        entry.due, entry.not_before = None, now + delay
         self.add(key, now, delay=delay)
         return delay
 

@@ -121,6 +121,15 @@ class TestSchedule:
         assert queue.take(delay - 0.01) is None
         assert queue.take(delay) == A
 
+    def test_what_is_urgent_stays_so_when_the_pass_under_way_fails(self) -> None:
+        queue = schedule()
+        queue.add(A, 0)
+        queue.take(0)
+        queue.add(A, 0.1, urgent=True)
+        queue.failed(A, 0.2)
+        queue.add(B, 0.3)
+        assert (queue.take(10), queue.take(10)) == (A, B)
+
     def test_one_keys_errors_do_not_slow_another(self) -> None:
         queue = schedule()
         queue.add(A, 0)
