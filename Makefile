@@ -15,7 +15,7 @@ GPU := $(wildcard /dev/nvidia0)
 # The helm of the chart's tests is a program for this platform.
 HELM := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
-.PHONY: help setup demo test mutants test-faults test-rewards test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
+.PHONY: help setup demo test mutants test-faults test-rewards test-device test-gpu test-cluster cluster cluster-down check generate lock images push-images clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -39,7 +39,7 @@ demo: setup ## Train the digits model, a minute or two, and draw with the result
 test: setup ## The tests that need nothing but Python packages
 	@$(if $(GPU),:,echo "left out: the tests marked gpu, as this machine has no /dev/nvidia0")
 	@$(if $(HELM),:,echo "left out: the tests marked helm, as this is not Linux on x86-64")
-	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not cluster and not packages$(if $(GPU),, and not gpu)$(if $(HELM),, and not helm)"
+	$(RUN) tests/budget.py --name test --minutes 10 -- $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not cluster and not packages and not pretended$(if $(GPU),, and not gpu)$(if $(HELM),, and not helm)"
 
 test-gpu: setup ## One real step of every family on a GPU; fails without one
 	$(RUN) tests/budget.py --name gpu --minutes 5 -- $(RUN) -m pytest -q -m gpu tests/gpu
@@ -54,6 +54,9 @@ test-faults: setup ## Kill it, fill its disk, take its port: nothing is lost
 test-rewards: setup ## Rewards with packages of their own, each in the environment of its image
 	$(RUN) tests/packages/environment.py
 	$(RUN) tests/budget.py --name rewards --minutes 3 -- $(RUN) -m pytest -q -n 2 --dist loadfile -m packages tests/packages
+
+test-device: setup ## What the trainer computes on a device that is not the processor: a pretended one
+	$(RUN) tests/budget.py --name device --minutes 2 -- $(RUN) -m pytest -q -m pretended tests/pretended
 
 cluster: setup ## A real two-node Kubernetes on this machine (Linux, root), built once
 	$(RUN) tests/cluster/build.py

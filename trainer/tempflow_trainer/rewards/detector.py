@@ -87,8 +87,12 @@ class Detector:
     def find(self, images: Sequence[Image.Image], threshold: float) -> list[dict[str, list[Found]]]:
         """The objects of each picture with a higher score, by class, the surest first."""
         inputs = {name: tensor.to(self.device) for name, tensor in self.pixels(images).items()}
+        seen = self.model(**inputs)
+        # What follows draws its maps on the CPU, and fails on masks from elsewhere.
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            seen[name] = seen[name].cpu()
         results = self.processor.post_process_instance_segmentation(
-            self.model(**inputs),
+            seen,
             threshold=threshold,
             target_sizes=[(image.height, image.width) for image in images],
             return_binary_maps=True,
@@ -99,7 +103,7 @@ class Detector:
         found: dict[str, list[Found]] = {}
         for segment in result["segments_info"]:
             if segment["score"] > threshold:
-                mask_HW = result["segmentation"][segment["id"]].bool().cpu()
+                mask_HW = result["segmentation"][segment["id"]].bool()
                 name = _name(self.model.config.id2label[segment["label_id"]])
                 one = Found(segment["score"], box_of(mask_HW), mask_HW)
                 found.setdefault(name, []).append(one)

@@ -1,4 +1,4 @@
-"""What the trainer computes on a pretended device, in a process of its own: see ``device``.
+"""What the trainer computes on a pretended device: see ``device``.
 
 Results are equal up to the order of sums, which differs where torch has one kernel for several
 operations on the processor alone.
@@ -24,13 +24,14 @@ from tempflow_trainer.models import families
 from tempflow_trainer.rewards.aesthetic import Aesthetic, Head
 from tempflow_trainer.rewards.base import Place
 from tempflow_trainer.rewards.clip import ClipScore, PickScore, pictures
-from tempflow_trainer.rewards.detector import Detector
+from tempflow_trainer.rewards.detector import ColourReader, Detector
 from tempflow_trainer.rewards.hpsv2 import HpsV2
 from tests import tiny_scorers
 from tests.pretended import device as pretended
 from tests.unit.trainer.family_cases import ALONE, CPU, DIGITS, FLUX, KLEIN, QWEN, SD3, Case
 from tests.unit.trainer.sessions import never, rows
 
+pytestmark = pytest.mark.pretended
 every_family = pytest.mark.parametrize("case", [DIGITS, SD3, FLUX, QWEN, KLEIN], ids=str)
 both_tunings = pytest.mark.parametrize("tuning", ["lora", "full"])
 
@@ -159,12 +160,21 @@ def test_scorers(there: torch.device, tmp_path: Path) -> None:
         )
 
 
-def test_a_detector(there: torch.device, tmp_path: Path) -> None:
-    tiny_scorers.save_mask2former(tmp_path)
+def test_what_geneval_asks(there: torch.device, tmp_path: Path) -> None:
+    """What is in a picture, and in which colour."""
+    detector, clip = tmp_path / "detector", tmp_path / "clip"
+    tiny_scorers.save_mask2former(detector)
+    tiny_scorers.save_clip(clip)
     images = pictures(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    found = [Detector.load(str(tmp_path), "", Place(d)).find(images, 0.05) for d in (CPU, there)]
-    counts = [
-        [{name: len(them) for name, them in one.items()} for one in objects] for objects in found
-    ]
-    assert counts[1] == counts[0]
-    assert any(counts[0])
+    seen = []
+    for place in (Place(CPU), Place(there)):
+        reader = ColourReader.load(str(clip), "", place)
+        found = Detector.load(str(detector), "", place).find(images, 0.05)
+        seen.append(
+            [
+                {name: reader.colours(image, objects, name) for name, objects in one.items()}
+                for image, one in zip(images, found, strict=True)
+            ]
+        )
+    assert seen[1] == seen[0]
+    assert any(seen[0])
