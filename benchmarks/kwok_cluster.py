@@ -78,9 +78,9 @@ def running(folder: Path, say: Say) -> Iterator[Bare]:
 
 def _leave_network() -> None:
     """Needs root, and to be the only thread of this process: the others would stay behind."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     if libc.unshare(_CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "no network of its own")
+        raise ClusterError("no network of its own can be made: run the benchmark as root, on Linux")
     for words in (
         ("link", "set", "lo", "up"),
         # Whoever asks a pod for something asks this machine.

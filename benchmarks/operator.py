@@ -4,7 +4,7 @@
 
 The limit are the same Indexed Jobs, created without operator: same pods, no Service, no ConfigMap,
 nobody who watches. Both take turns. KWOK plays the nodes; all else is real. The first run builds
-Kubernetes, if the cluster tests have not done so, and KWOK.
+Kubernetes, if the cluster tests have not done so, and KWOK. Needs root, for a network of its own.
 """
 
 import argparse

@@ -24,6 +24,8 @@ class _Entry:
     urgent: bool = False
     """Whether that pass goes before all that are not."""
     running_since: float | None = None
+    running_urgent: bool = False
+    """What the pass in work was; one that fails is so again."""
     not_before: float = 0.0
     errors: int = 0
 
@@ -64,7 +66,8 @@ class Schedule:
                 if entry is None or (entry.due, entry.urgent) != (due, urgent):
                     continue
                 if entry.running_since is None:
-                    entry.due, entry.urgent, entry.running_since = None, False, now
+                    entry.due, entry.urgent = None, False
+                    entry.running_since, entry.running_urgent = now, urgent
                     return key
         return None
 
@@ -85,7 +88,7 @@ class Schedule:
         delay = min(steady, self.settings.retry_delay_limit) * self.random.uniform(0.8, 1.2)
         entry.errors += 1
         entry.due, entry.not_before = None, now + delay
-        self.add(key, now, delay=delay)
+        self.add(key, now, delay=delay, urgent=entry.running_urgent)
         return delay
 
     def _returned(self, key: Key, now: float) -> _Entry:

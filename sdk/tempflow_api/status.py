@@ -66,7 +66,8 @@ class Progress(Observed):
     """Epochs completed."""
     epochs: Count
     step: Count = 0
-    """Updates of the weights so far, over all epochs."""
+    """Updates of the weights so far, over all epochs, as rank 0 last told: a job that has succeeded
+    may have made a few more."""
     phase: Literal[
         "starting",
         "self-test",

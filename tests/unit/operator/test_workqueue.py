@@ -130,6 +130,14 @@ class TestSchedule:
         queue.add(B, 0.3)
         assert (queue.take(10), queue.take(10)) == (A, B)
 
+    def test_an_urgent_pass_that_fails_is_urgent_again(self) -> None:
+        queue = schedule()
+        queue.add(B, 0, urgent=True)
+        queue.take(0)
+        queue.failed(B, 0)
+        queue.add(A, 0.3)
+        assert (queue.take(10), queue.take(10)) == (B, A)
+
     def test_one_keys_errors_do_not_slow_another(self) -> None:
         queue = schedule()
         queue.add(A, 0)
